@@ -1,0 +1,1 @@
+"""The command `lossgrad-server`, also `python -m lossgrad_server`."""
