@@ -1,4 +1,4 @@
-"""One block of elements: from its differences to its losses and gradients, added to the lanes of its sums.
+"""A block of elements: from its differences to its losses and gradients, added to the lanes of its sums.
 
 The formula is that of cpu_formulas.py. These are the loops that must be fast. The compiler turns all of them into vector
 instructions, and none of them leaves it a choice that could change a bit: no reassociation, no contraction, the lanes of
@@ -20,6 +20,7 @@ from lossgrad_server.engine.cpu_layout import (
     FLOAT64_GRADIENT,
     LANES,
     NO_GRADIENT,
+    ROWS_PER_BLOCK,
     SCRATCH_WEIGHT,
     SPEC,
     Loop,
@@ -70,9 +71,10 @@ def _float32_loop(name: str, is_pair: bool, gradient: int, writes_loss: bool, is
              _lost: int, record: int, factor: float, _edge: float) -> int:  # fmt: skip
         limit = array_at(record, 1, SPEC)[0].limit
         sums = array_at(lanes, LANES, np.float64)
-        # ROWS_PER_BLOCK rows of LANES at once, so that their sum stays in a register; what is left row by row.
-        whole = count == BLOCK
-        for row in range(1 if whole else (count + LANES - 1) // LANES):
+        row = 0
+        while row * LANES < count:
+            # ROWS_PER_BLOCK rows of LANES at once keep their sum in a register; what is left goes row by row.
+            whole = count - row * LANES >= BLOCK
             width = BLOCK if whole else min(LANES, count - row * LANES)
             arrays = (
                 array_at(first + row * source_bytes, width, source_type),
@@ -88,9 +90,11 @@ def _float32_loop(name: str, is_pair: bool, gradient: int, writes_loss: bool, is
                     total = add(total, j + LANES, arrays, limit, factor)
                     total = add(total, j + 2 * LANES, arrays, limit, factor)
                     sums[j] = add(total, j + 3 * LANES, arrays, limit, factor)
+                row += ROWS_PER_BLOCK
             else:
                 for j in range(width):
                     sums[j] = add(sums[j], j, arrays, limit, factor)
+                row += 1
         return 0
 
     return loop

@@ -41,7 +41,6 @@ from lossgrad_server.engine.cpu_tables import (
     spec_of,
     spec_state,
     state_of,
-    state_offsets,
 )
 
 
@@ -52,8 +51,7 @@ def _summed_output(spec: Any, operand: Any) -> Any:
 
 @inlined
 def _running_offset(job: Any, index: Any) -> Any:
-    _, _, _, running, _ = state_offsets(job)
-    return running + 2 * BLOCK * index
+    return job.running_sums + 2 * BLOCK * index
 
 
 @inlined
@@ -170,7 +168,7 @@ def sum_gradient(address: int, operand: int, begin: int, end: int) -> int:
     record = array_at(frame.program + job.sum_offsets[operand], 1, SUM)[0]
     kept_blocks = (record.kept + record.kept_per_step - 1) // record.kept_per_step
     reduced_blocks = (record.reduced + record.reduced_per_step - 1) // record.reduced_per_step
-    group = record.outer_reduced * reduced_blocks
+    group = record.group
     for step in range(begin, end):
         block = step // group
         within = step - block * group

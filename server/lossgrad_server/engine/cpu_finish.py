@@ -29,8 +29,6 @@ from lossgrad_server.engine.cpu_tables import (
     spec_of,
     spec_state,
     state_of,
-    state_offsets,
-    unit_counts,
 )
 from lossgrad_server.jobs import Reduction
 from lossgrad_server.work import SPEC_RESULT
@@ -56,13 +54,12 @@ def divide_rows(address: int, begin: int, end: int) -> int:
     """Add up the weights of samples of more than LANES elements, or of none."""
     frame = frame_at(address)
     job = job_of(frame)
-    _, row_planes, divisors, _, _ = state_offsets(job)
     if 0 < job.row_length <= LANES:
         return 0
     chunks = (job.row_length + CHUNK - 1) // CHUNK
-    of_rows = state_of(frame, divisors, job.row_count)
+    of_rows = state_of(frame, job.row_divisors, job.row_count)
     for row in range(begin, end):
-        total, lost = _combine(frame, row_planes + row * chunks, chunks)
+        total, lost = _combine(frame, job.row_planes + row * chunks, chunks)
         of_rows[row] = total + lost
     return 0
 
@@ -74,10 +71,8 @@ def prepare(address: int) -> int:
     job = job_of(frame)
     totals = state_of(frame, 0, 2)
     if job.types[WEIGHT] != 0 or job.types[MASK] != 0:
-        flat, _ = unit_counts(job)
-        flat_planes, _, _, _, _ = state_offsets(job)
-        total, lost = _combine(frame, flat_planes, flat)
-        count, _ = _combine(frame, flat_planes + flat, flat)
+        total, lost = _combine(frame, job.flat_planes, job.flat_units)
+        count, _ = _combine(frame, job.flat_planes + job.flat_units, job.flat_units)
         totals[STATE_COUNT] = count
         totals[STATE_WEIGHT_SUM] = np.nan if np.isnan(total) else compensated(total, lost)
     else:
@@ -119,15 +114,13 @@ def finish_rows(address: int, begin: int, end: int) -> int:
     job = job_of(frame)
     if 0 < job.row_length <= LANES:
         return 0
-    _, rows = unit_counts(job)
-    _, row_planes, _, _, _ = state_offsets(job)
     chunks = (job.row_length + CHUNK - 1) // CHUNK
     value = array_at(frame.scratch + SCRATCH_INPUT, 1, np.float64)
     for index in range(job.spec_count):
         spec = spec_of(frame, index)
         if spec.is_per_sample:
             for row in range(begin, end):
-                total, lost = _combine(frame, row_planes + rows * (2 * index + 1) + row * chunks, chunks)
+                total, lost = _combine(frame, job.row_planes + job.row_units * (2 * index + 1) + row * chunks, chunks)
                 value[0] = row_loss(frame, job, spec, index, row, total, lost)
                 store(frame, job, spec.loss_output, row, 1, 1.0, frame.scratch + SCRATCH_INPUT)
     return 0
@@ -139,17 +132,16 @@ def finish(address: int) -> int:
     frame = frame_at(address)
     job = job_of(frame)
     totals = state_of(frame, 0, 2)
-    flat, rows = unit_counts(job)
-    flat_planes, row_planes, _, _, _ = state_offsets(job)
+    flat, rows = job.flat_units, job.row_units
     for index in range(job.spec_count):
         spec = spec_of(frame, index)
         numbers = array_at(frame.results + index * _RESULT_BYTES, 4, np.float64)
         counts = array_at(frame.results + index * _RESULT_BYTES, 4, np.int64)
         numbers[0] = 0.0
         if spec.is_per_sample:
-            nonfinite_count, _ = _combine(frame, row_planes + rows * (2 * index + 2), rows)
+            nonfinite_count, _ = _combine(frame, job.row_planes + rows * (2 * index + 2), rows)
         else:
-            place = flat_planes + flat * (2 * index + 2)
+            place = job.flat_planes + flat * (2 * index + 2)
             nonfinite_count, _ = _combine(frame, place + flat, flat)
             if spec.reduction == _MEAN or spec.reduction == _SUM:
                 total, lost = _combine(frame, place, flat)

@@ -7,7 +7,6 @@ LAYOUT record. Programs stand one behind the other in a batch. They are made onc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -44,12 +43,28 @@ class Loop(IntEnum):
     FLOAT64_FULL = 10
 
 
+class Walk(IntEnum):
+    """What there is to do for a job, in the order in which it must be done."""
+
+    WEIGH_ALL = 0
+    WEIGH_ROWS = 1
+    DIVIDE_ROWS = 2
+    PREPARE = 3
+    WALK_ALL = 4
+    WALK_ROWS = 5
+    FINISH_ROWS = 6
+    FINISH = 7
+    SUM_INPUT = 8
+    SUM_TARGET = 9
+
+
 # A job's operands, by their place in the tables.
 INPUT, TARGET, WEIGHT, MASK = range(4)
 # What a block's gradient is written as. FLOAT64 is also what becomes every other type in a second step.
 NO_GRADIENT, FLOAT32_GRADIENT, FLOAT64_GRADIENT = range(3)
 
 _word = np.int64
+_WALK_COUNT: Final = len(Walk)
 JOB: Final = np.dtype(
     [
         ("program_bytes", _word),
@@ -64,13 +79,24 @@ JOB: Final = np.dtype(
         ("output_bytes", _word),
         ("layout_offset", _word),  # from the program's start, 0 where nothing is broadcast
         ("types", _word, (4,)),  # of the operands, 0 where there is none
-        ("has_flat_specs", _word),
-        ("has_row_specs", _word),
+        ("operand_bytes", _word, (4,)),  # in the order in which they come
         ("row_count", _word),  # the samples of per-sample reductions, and their length; 0 without such reductions
         ("row_length", _word),
         ("divides_rows", _word),  # whether a mean over each sample divides by that sample's weights
         # The SUM records of input and target, from the program's start; 0 where no gradient is summed.
         ("sum_offsets", _word, (2,)),
+        # The units of each Walk, 0 where there is nothing to do; and of the walks over all elements and over the samples.
+        ("units", _word, (_WALK_COUNT,)),
+        ("flat_units", _word),
+        ("row_units", _word),
+        # Where in the job's state, in words, the partial sums are: planes of one word for each unit. First the weights;
+        # in a walk over all elements the counts of what is not masked; then for each spec its losses and how many of
+        # them are not finite. Then the samples' divisors, and the running sums of broadcast gradients.
+        ("flat_planes", _word),
+        ("row_planes", _word),
+        ("row_divisors", _word),
+        ("running_sums", _word),
+        ("state_words", _word),
     ]
 )
 SPEC: Final = np.dtype(
@@ -127,6 +153,9 @@ SUM: Final = np.dtype(
         ("reduced_strides", _word, (MAX_RANK,)),
         ("outer_kept", _word),
         ("outer_reduced", _word),
+        # Steps that fill the same elements make a group: they must be done in order.
+        ("group", _word),
+        ("group_count", _word),
     ]
 )
 # Where a job's memory lies: addresses. `operands` is the address of an array of addresses.
@@ -157,39 +186,13 @@ STATE_SPECS: Final = 2
 SPEC_FACTOR, SPEC_EDGE, SPEC_DIVISOR, SPEC_STATE_WORDS = range(4)
 
 
-class Walk(IntEnum):
-    """What there is to do for a job, in the order in which it must be done."""
-
-    WEIGH_ALL = 0
-    WEIGH_ROWS = 1
-    DIVIDE_ROWS = 2
-    PREPARE = 3
-    WALK_ALL = 4
-    WALK_ROWS = 5
-    FINISH_ROWS = 6
-    FINISH = 7
-    SUM_INPUT = 8
-    SUM_TARGET = 9
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A walk and how many units it has. Units of one group must be done in order, by one thread."""
-
-    walk: Walk
-    unit_count: int
-    group: int = 1
-
-
 @dataclass(frozen=True, slots=True)
 class Program:
     """A plan as the kernels read it, and what the worker must know to run it."""
 
     code: bytes
     spec_count: int
-    # The operands' byte counts, as int64 in bytes.
     operand_count: int
-    operand_sizes: bytes
     # Where each output begins and ends in the memory that holds them all, and that memory's length, in bytes.
     output_spans: tuple[tuple[int, int], ...]
     output_bytes: int
@@ -197,7 +200,8 @@ class Program:
     state_bytes: int
     # About how long it takes: elements times losses.
     work: int
-    stages: tuple[Stage, ...]
+    # What there is to do, and how many units it has.
+    walks: tuple[tuple[Walk, int], ...]
 
 
 @lru_cache(maxsize=4096)
@@ -227,45 +231,20 @@ def program_of(header: bytes) -> Program:
             job["sum_offsets"][operand] = JOB.itemsize + len(tables)
             sums[operand] = _sum(plan, tensor)
             tables += sums[operand].tobytes()
+    _set_units(job, plan, sums)
     job["program_bytes"] = JOB.itemsize + len(tables)
     job["output_bytes"] = offset
     return Program(
         code=job.tobytes() + tables,
         spec_count=len(plan.specs),
         operand_count=len(plan.operands),
-        operand_sizes=np.array([operand.byte_count for operand in plan.operands], np.int64).tobytes(),
         output_spans=tuple(spans),
         output_bytes=offset,
         element_count=plan.element_count,
-        state_bytes=8 * int(state_offsets(_record(job), *unit_counts(_record(job)))[-1]),
+        state_bytes=8 * int(job["state_words"]),
         work=plan.element_count * len(plan.specs),
-        stages=tuple(_stages(job, sums)),
+        walks=tuple((which, int(job["units"][which])) for which in Walk if job["units"][which]),
     )
-
-
-def _record(record: Any) -> Any:
-    """Return a record whose fields are attributes, as they are to numba."""
-    return record.reshape(1).view(np.recarray)[0]
-
-
-def _stages(job: Any, sums: dict[int, Any]) -> Iterator[Stage]:
-    flat, rows = unit_counts(_record(job))
-    if job["types"][WEIGHT] or job["types"][MASK]:
-        yield Stage(Walk.WEIGH_ALL, flat)
-    if job["divides_rows"]:
-        yield Stage(Walk.WEIGH_ROWS, rows)
-        yield Stage(Walk.DIVIDE_ROWS, int(job["row_count"]))
-    yield Stage(Walk.PREPARE, 1)
-    if job["has_flat_specs"]:
-        yield Stage(Walk.WALK_ALL, flat)
-    if job["has_row_specs"]:
-        yield Stage(Walk.WALK_ROWS, rows)
-        yield Stage(Walk.FINISH_ROWS, int(job["row_count"]))
-    yield Stage(Walk.FINISH, 1)
-    if job["element_count"]:
-        for operand, record in sums.items():
-            steps, group = sum_steps(_record(record))
-            yield Stage(Walk.SUM_INPUT if operand == INPUT else Walk.SUM_TARGET, int(steps), int(group))
 
 
 def _job(plan: JobPlan) -> Any:
@@ -279,14 +258,45 @@ def _job(plan: JobPlan) -> Any:
     job["operand_count"] = len(plan.operands)
     job["output_count"] = len(plan.outputs)
     job["types"] = [0 if operand is None else operand.data_type for operand in _operands(plan)]
-    job["has_flat_specs"] = not all(per_sample)
+    for place, operand in enumerate(plan.operands):
+        job["operand_bytes"][place] = operand.byte_count
     if any(per_sample):
-        job["has_row_specs"] = True
         job["row_count"] = plan.result_shape[0]
         job["row_length"] = math.prod(plan.result_shape[1:])
         job["divides_rows"] = _any_divides_rows(plan)
     job["is_pair"] = _is_pair(plan)
     return job
+
+
+def _set_units(job: Any, plan: JobPlan, sums: dict[int, Any]) -> None:
+    """Fill in how the walks are cut into units, and where they keep their partial sums."""
+    flat = -(-plan.element_count // CHUNK)
+    rows = 0
+    row_count, row_length = int(job["row_count"]), int(job["row_length"])
+    if 0 < row_length <= LANES:  # several to a unit
+        rows = -(-row_count // (CHUNK // row_length))
+    elif row_length:
+        rows = row_count * -(-row_length // CHUNK)
+    per_sample = [spec.reduction.is_per_sample for spec in plan.specs]
+    units = job["units"]
+    units[Walk.PREPARE] = units[Walk.FINISH] = 1
+    if plan.weight is not None or plan.mask is not None:
+        units[Walk.WEIGH_ALL] = flat
+    if job["divides_rows"]:
+        units[Walk.WEIGH_ROWS], units[Walk.DIVIDE_ROWS] = rows, row_count
+    if not all(per_sample):
+        units[Walk.WALK_ALL] = flat
+    if any(per_sample):
+        units[Walk.WALK_ROWS], units[Walk.FINISH_ROWS] = rows, row_count
+    if plan.element_count:
+        for operand, record in sums.items():
+            units[Walk.SUM_INPUT if operand == INPUT else Walk.SUM_TARGET] = record["group"] * record["group_count"]
+    job["flat_units"], job["row_units"] = flat, rows
+    job["flat_planes"] = STATE_SPECS + SPEC_STATE_WORDS * len(plan.specs)
+    job["row_planes"] = job["flat_planes"] + flat * (2 + 2 * len(plan.specs))
+    job["row_divisors"] = job["row_planes"] + rows * (1 + 2 * len(plan.specs))
+    job["running_sums"] = job["row_divisors"] + (row_count if job["divides_rows"] else 0)
+    job["state_words"] = job["running_sums"] + (2 * BLOCK * len(plan.specs) if sums else 0)
 
 
 def _specs(plan: JobPlan) -> Any:
@@ -428,6 +438,8 @@ def _sum(plan: JobPlan, operand: TensorPlan) -> Any:
         for place, (extent, result) in enumerate(outer):
             record[f"{name}_shape"][place], record[f"{name}_strides"][place] = extent, result
         record[f"outer_{name}"] = math.prod(extent for extent, _ in outer)
+    record["group"] = record["outer_reduced"] * -(-reduced // int(record["reduced_per_step"]))
+    record["group_count"] = record["outer_kept"] * -(-kept // int(record["kept_per_step"]))
     return record
 
 
@@ -454,44 +466,3 @@ def _strides(operand: TensorPlan | None, shape: tuple[int, ...]) -> list[int]:
                 strides[-own] = step
             step *= extent
     return strides
-
-
-def unit_counts(job: Any) -> tuple[int, int]:
-    """Return into how many units the walks over all elements, and over the samples, are cut.
-
-    A unit is a chunk; short samples share one, CHUNK // row_length of them. Usable by numba.
-    """
-    flat = (job.element_count + CHUNK - 1) // CHUNK
-    rows = 0
-    if job.has_row_specs and job.row_length > 0:
-        if job.row_length <= LANES:
-            together = CHUNK // job.row_length
-            rows = (job.row_count + together - 1) // together
-        else:
-            rows = job.row_count * ((job.row_length + CHUNK - 1) // CHUNK)
-    return flat, rows
-
-
-def state_offsets(job: Any, flat: int, rows: int) -> tuple[int, int, int, int, int]:
-    """Return where a job's state holds its partial sums, in words, and how many words it has. Usable by numba.
-
-    The flat walk's planes (weights, counts, then losses and non-finite counts of each spec; a word for each unit), the
-    samples' planes (weights, then as before), the samples' divisors, the running sums of broadcast gradients, the end.
-    `flat` and `rows` are the job's unit_counts.
-    """
-    flat_planes = STATE_SPECS + SPEC_STATE_WORDS * job.spec_count
-    row_planes = flat_planes + flat * (2 + 2 * job.spec_count)
-    divisors = row_planes + rows * (1 + 2 * job.spec_count)
-    running = divisors + (job.row_count if job.divides_rows else 0)
-    end = running
-    if job.sum_offsets[0] > 0 or job.sum_offsets[1] > 0:
-        end += 2 * BLOCK * job.spec_count
-    return flat_planes, row_planes, divisors, running, end
-
-
-def sum_steps(record: Any) -> tuple[int, int]:
-    """Return how many steps a SUM record's walk has, and how many of them make a group. Usable by numba."""
-    kept_blocks = (record.kept + record.kept_per_step - 1) // record.kept_per_step
-    reduced_blocks = (record.reduced + record.reduced_per_step - 1) // record.reduced_per_step
-    group = record.outer_reduced * reduced_blocks
-    return record.outer_kept * kept_blocks * group, group

@@ -33,7 +33,7 @@ from lossgrad_server.engine.cpu_layout import (
     WEIGHT,
 )
 from lossgrad_server.engine.cpu_native import inlined, native
-from lossgrad_server.engine.cpu_tables import frame_at, job_of, state_of, state_offsets
+from lossgrad_server.engine.cpu_tables import frame_at, job_of, state_of
 from lossgrad_server.jobs import DataType
 
 _ITEM_SIZES = (0, *(data_type.itemsize for data_type in DataType))
@@ -169,8 +169,7 @@ def divide_scales(address: int, start: int, count: int) -> int:
     """
     frame = frame_at(address)
     job = job_of(frame)
-    _, _, divisors, _, _ = state_offsets(job)
-    of_rows = state_of(frame, divisors, job.row_count)
+    of_rows = state_of(frame, job.row_divisors, job.row_count)
     scales = array_at(frame.scratch + SCRATCH_SCALE, count, np.float64)
     truths = array_at(frame.scratch + SCRATCH_TARGET, count, np.float64)
     has_mask = job.types[MASK] != 0

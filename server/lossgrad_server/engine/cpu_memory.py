@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 from lossgrad_server.engine.cpu_kernel import Call, Kernel
-from lossgrad_server.engine.cpu_layout import SCRATCH_BYTES, Walk
+from lossgrad_server.engine.cpu_layout import SCRATCH_BYTES, Program, Walk
 from lossgrad_server.work import SPEC_RESULT, Buffer
 
 _CACHE_LINE: Final = 64
-_PY_BUFFER_WORDS: Final = 10
-_BATCH: Final = -1
+_ALL_WALKS: Final = -1
+_RESULT_BYTES: Final = SPEC_RESULT.size
+
+
+class OperandMismatch(ValueError):
+    """The operands of one of the jobs, by its index, are not the bytes that its program says."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"the operands of item {index} are not contiguous bytes of the lengths that its plan says")
+        self.index = index
 
 
 class Memory:
@@ -26,8 +35,6 @@ class Memory:
         self._array = np.empty(byte_count + _CACHE_LINE, np.uint8)
         self.byte_count = byte_count
         self.address = -(-self._array.ctypes.data // _CACHE_LINE) * _CACHE_LINE
-        first = self.address - self._array.ctypes.data
-        self.view = memoryview(self._array)[first : first + byte_count]
 
     def grow(self, byte_count: int) -> None:
         """Have at least so many bytes."""
@@ -40,51 +47,23 @@ def output_memory(byte_count: int) -> memoryview:
     return memoryview(np.empty(byte_count, np.uint8))
 
 
-class BufferTable:
-    """Finds out where buffers are and how long they are."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        self._resolve = kernel.resolve
-        self._addresses = Memory(8 * 1024)
-        self._lengths = Memory(8 * 1024)
-        self._py_buffer = Memory(8 * _PY_BUFFER_WORDS)
-
-    def resolve(self, operands: list[Buffer], outputs: memoryview, sizes: bytes) -> tuple[int, int]:
-        """Return the address of the array of the operands' addresses, and the address of the outputs' memory.
-
-        ValueError unless the operands have the `sizes`, int64 in bytes. What is returned holds until the next call.
-        """
-        count = len(operands) + 1
-        self._addresses.grow(8 * count)
-        self._lengths.grow(8 * count)
-        buffers = [*operands, outputs]
-        resolved = self._resolve(buffers, count, self._addresses.address, self._lengths.address, self._py_buffer.address)
-        if resolved != count:
-            raise ValueError(f"operand {resolved} of {len(operands)} is no contiguous buffer")
-        lengths = self._lengths.view[: 8 * len(operands)].tobytes()
-        if lengths != sizes:
-            got, expected = np.frombuffer(lengths, np.int64).tolist(), np.frombuffer(sizes, np.int64).tolist()
-            raise ValueError(f"the operands have {got} bytes, their plans say {expected}")
-        (address,) = self._addresses.view[8 * len(operands) : 8 * count].cast("q")
-        return self._addresses.address, address
-
-    def copy(self, count: int) -> Memory:
-        """Return a copy of the first addresses that the last call of `resolve` found."""
-        copy = Memory(8 * count)
-        copy.view[:] = self._addresses.view[: 8 * count]
-        return copy
-
-
 class Arena:
-    """The scratch memory of each thread, and the state and results of the batch that is being computed."""
+    """The scratch memory of each thread, and the state, addresses and results of the batch that is being computed."""
 
     def __init__(self, kernel: Kernel, threads: int) -> None:
         self._kernel = kernel
         self._scratch = [Memory(SCRATCH_BYTES) for _ in range(threads)]
         self._state = Memory(1 << 16)
-        self._results = Memory(1 << 16)
+        self._addresses = Memory(1 << 13)
+        self._results = Memory(1 << 13)
         self._spare: list[Memory] = []
-        self._call = Call(scratch=self._scratch[0].address, loops=kernel.loops.ctypes.data, walk=_BATCH)
+        self._call = Call(
+            state=self._state.address,
+            results=self._results.address,
+            scratch=self._scratch[0].address,
+            loops=kernel.loops.ctypes.data,
+            walk=_ALL_WALKS,
+        )
         self._call_address = ctypes.addressof(self._call)
 
     @property
@@ -92,47 +71,66 @@ class Arena:
         """How many threads may compute at a time."""
         return len(self._scratch)
 
-    def compute(self, code: bytes, operands: int, outputs: int, *, state_bytes: int, spec_count: int, job_count: int,
-                holding_gil: bool) -> bytes:  # fmt: skip
-        """Compute jobs from first to last. Returns their SPEC_RESULT records."""
-        self._state.grow(state_bytes)
-        self._results.grow(SPEC_RESULT.size * spec_count)
-        call = self._call
-        call.program = _address_of_bytes(code)
-        call.operands = operands
-        call.outputs = outputs
-        call.results = self._results.address
-        call.state = self._state.address
-        call.job_count = job_count
-        if holding_gil:
-            self._kernel.compute_holding_gil(self._call_address)
-        else:
-            self._kernel.compute_without_gil(self._call_address)
-        return self._results.view[: SPEC_RESULT.size * spec_count].tobytes()
+    def compute(self, programs: Sequence[Program], buffers: list[Buffer], *, holding_gil: bool) -> bytes:
+        """Compute jobs from first to last. Returns their SPEC_RESULT records.
 
-    def walk(self, frame: dict[str, int], thread: int, walk: Walk, begin: int, end: int) -> None:
-        """Do units of a walk of one job. Called by one of the threads, for which `thread` is the scratch memory."""
-        call = Call(
-            **frame,
-            scratch=self._scratch[thread].address,
-            loops=self._kernel.loops.ctypes.data,
-            walk=int(walk),
-            begin=begin,
-            end=end,
+        `buffers` are the jobs' operands and, last, the memory for their outputs. OperandMismatch before anything is
+        computed if a job's operands are not what its program says.
+        """
+        call = self._call
+        result_bytes = _RESULT_BYTES * sum([program.spec_count for program in programs])
+        self._state.grow(max([program.state_bytes for program in programs]))
+        self._addresses.grow(8 * len(buffers))
+        self._results.grow(result_bytes)
+        call.state = self._state.address
+        call.results = self._results.address
+        code = programs[0].code if len(programs) == 1 else b"".join([program.code for program in programs])
+        failed = self._kernel.gather(
+            self._call_address, code, buffers, self._addresses.address, len(programs), holding_gil
         )
+        if failed:
+            raise OperandMismatch(failed - 1)
+        if not holding_gil:
+            self._kernel.compute_without_gil(self._call_address)
+        return ctypes.string_at(self._results.address, result_bytes)
+
+    def open_job(self, program: Program, buffers: list[Buffer]) -> OpenJob:
+        """Prepare to compute one job walk by walk. `buffers` as for `compute`, and it raises the same."""
+        state = self._spare.pop() if self._spare else Memory(program.state_bytes)
+        state.grow(program.state_bytes)
+        return OpenJob(self._kernel, self._scratch, state, program, buffers)
+
+    def close_job(self, job: OpenJob) -> None:
+        """Keep the job's memory for the next."""
+        self._spare.append(job.state)
+
+
+class OpenJob:
+    """One job that is computed walk by walk, with memory of its own for all that must outlive other jobs in between."""
+
+    def __init__(
+        self, kernel: Kernel, scratch: list[Memory], state: Memory, program: Program, buffers: list[Buffer]
+    ) -> None:
+        self.state = state
+        self._kernel = kernel
+        self._scratch = scratch
+        self._result_bytes = _RESULT_BYTES * program.spec_count
+        self._results = Memory(self._result_bytes)
+        self._addresses = Memory(8 * len(buffers))
+        # The kernels know addresses only.
+        self._held = (program.code, buffers)
+        self._call = Call(state=state.address, results=self._results.address, loops=kernel.loops.ctypes.data)
+        if kernel.gather(ctypes.addressof(self._call), program.code, buffers, self._addresses.address, 1, False):
+            raise OperandMismatch(0)
+
+    def walk(self, which: Walk, begin: int, end: int, thread: int) -> None:
+        """Do units of a walk, without the GIL. `thread` says whose scratch memory to use."""
+        call = Call.from_buffer_copy(self._call)
+        call.scratch = self._scratch[thread].address
+        call.walk, call.begin, call.end = which, begin, end
         self._kernel.compute_without_gil(ctypes.addressof(call))
 
-    def take_state(self, byte_count: int) -> Memory:
-        """Return memory for the state of a job that is computed in pieces; to be given back."""
-        memory = self._spare.pop() if self._spare else Memory(byte_count)
-        memory.grow(byte_count)
-        return memory
-
-    def give_back(self, memory: Memory) -> None:
-        """Keep the memory for the next job."""
-        self._spare.append(memory)
-
-
-def _address_of_bytes(data: bytes) -> int:
-    # c_char_p keeps the address of the bytes object's own memory.
-    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
+    @property
+    def scalars(self) -> bytes:
+        """The job's SPEC_RESULT records, once all walks are done."""
+        return ctypes.string_at(self._results.address, self._result_bytes)

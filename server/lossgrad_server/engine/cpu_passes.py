@@ -42,8 +42,6 @@ from lossgrad_server.engine.cpu_tables import (
     spec_of,
     spec_state,
     state_of,
-    state_offsets,
-    unit_counts,
 )
 from lossgrad_server.jobs import Reduction
 
@@ -65,8 +63,6 @@ def weigh(address: int, is_rows: int, begin: int, end: int) -> int:
     """Sum the weights of units, and count what is not masked."""
     frame = frame_at(address)
     job = job_of(frame)
-    flat, _ = unit_counts(job)
-    flat_planes, row_planes, divisors, _, _ = state_offsets(job)
     weights = frame.scratch + SCRATCH_WEIGHT
     lanes, lost = lanes_of(frame, 0), lost_of(frame, 0)
     if is_rows and job.row_length <= LANES:
@@ -75,7 +71,7 @@ def weigh(address: int, is_rows: int, begin: int, end: int) -> int:
             load_weights(address, row * job.row_length, job.row_length)
             clear(lanes, lost, job.row_length)
             add_compensated(weights, job.row_length, lanes, lost)
-            state_of(frame, divisors + row, 1)[0] = fold_compensated(lanes, lost, job.row_length)
+            state_of(frame, job.row_divisors + row, 1)[0] = fold_compensated(lanes, lost, job.row_length)
         return 0
     for unit in range(begin, end):
         start, length = unit_span(job, is_rows, unit)
@@ -87,10 +83,10 @@ def weigh(address: int, is_rows: int, begin: int, end: int) -> int:
             add_compensated(weights, count, lanes, lost)
         total = fold_compensated(lanes, lost, length)
         if is_rows:
-            state_of(frame, row_planes + unit, 1)[0] = total
+            state_of(frame, job.row_planes + unit, 1)[0] = total
         else:
-            state_of(frame, flat_planes + unit, 1)[0] = total
-            state_of(frame, flat_planes + flat + unit, 1)[0] = unmasked
+            state_of(frame, job.flat_planes + unit, 1)[0] = total
+            state_of(frame, job.flat_planes + job.flat_units + unit, 1)[0] = unmasked
     return 0
 
 
@@ -226,8 +222,7 @@ def row_loss(frame: Any, job: Any, spec: Any, index: Any, row: Any, total: Any, 
     """Return a sample's loss from its sum."""
     divisor = spec_state(frame, index)[SPEC_DIVISOR]
     if spec.divides_rows:
-        _, _, divisors, _, _ = state_offsets(job)
-        divisor = state_of(frame, divisors + row, 1)[0]
+        divisor = state_of(frame, job.row_divisors + row, 1)[0]
     return quotient(total, lost, spec.divisor, divisor)
 
 
@@ -245,15 +240,14 @@ def walk_short_rows(address: int, unit: int) -> int:
     """Compute samples of at most LANES elements, several to a block. Their loops are `full` ones."""
     frame = frame_at(address)
     job = job_of(frame)
-    _, rows = unit_counts(job)
-    _, row_planes, _, _, _ = state_offsets(job)
+    nonfinite_counts = job.row_planes + 2 * job.row_units + unit
     special = array_at(frame.scratch + SCRATCH_SPECIAL, 3, np.float64)
     length = job.row_length
     together = BLOCK // length
     first_row = unit * (CHUNK // length)
     last_row = min(job.row_count, first_row + CHUNK // length)
     for index in range(job.spec_count):
-        state_of(frame, row_planes + rows * (2 * index + 2) + unit, 1)[0] = 0.0
+        state_of(frame, nonfinite_counts + 2 * index * job.row_units, 1)[0] = 0.0
     for row in range(first_row, last_row, together):
         row_count = min(together, last_row - row)
         start, count = row * length, row_count * length
@@ -266,7 +260,7 @@ def walk_short_rows(address: int, unit: int) -> int:
                 factor = spec_state(frame, index)[SPEC_FACTOR]
                 if not (is_finite and np.isfinite(factor) and np.isfinite(fold(lanes_of(frame, index), count))):
                     recompute_block(address, index, count)
-                    state_of(frame, row_planes + rows * (2 * index + 2) + unit, 1)[0] += special[2]
+                    state_of(frame, nonfinite_counts + 2 * index * job.row_units, 1)[0] += special[2]
                 store_block(address, index, start, count, 1)
                 finish_short_rows(address, index, row, row_count)
     return 0
@@ -281,18 +275,18 @@ def walk(address: int, is_rows: int, begin: int, end: int) -> int:
         for unit in range(begin, end):
             walk_short_rows(address, unit)
         return 0
-    flat, rows = unit_counts(job)
-    flat_planes, row_planes, _, _, _ = state_offsets(job)
-    units = rows if is_rows else flat
-    planes = row_planes + rows if is_rows else flat_planes + 2 * flat
+    units = job.row_units if is_rows else job.flat_units
+    planes = job.row_planes + job.row_units if is_rows else job.flat_planes + 2 * job.flat_units
     for unit in range(begin, end):
         start, length = unit_span(job, is_rows, unit)
         for index in range(job.spec_count):
             if spec_of(frame, index).is_per_sample == is_rows:
                 clear(lanes_of(frame, index), lost_of(frame, index), length)
         is_finite = 1
-        for offset in range(0, length, BLOCK):
-            count = min(BLOCK, length - offset)
+        # A loop for a pair reads the operands itself; if it leaves nothing in scratch memory it does the unit at once.
+        step = CHUNK if job.is_pair and not spec_of(frame, 0).stores else BLOCK
+        for offset in range(0, length, step):
+            count = min(step, length - offset)
             if not job.is_pair:
                 is_finite &= load_block(address, is_rows, start + offset, count)
             for index in range(job.spec_count):

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-from lossgrad_server.engine.cpu_layout import CHUNK, Program, Stage, Walk
-from lossgrad_server.engine.cpu_memory import Arena, BufferTable, Memory, output_memory
-from lossgrad_server.work import SPEC_RESULT, Buffer, WorkResult
+from lossgrad_server.engine.cpu_layout import CHUNK, Program, Walk
+from lossgrad_server.engine.cpu_memory import Arena, output_memory
+from lossgrad_server.work import Buffer, WorkResult
 
 # Walks whose units are samples of which only the sums are touched.
 _SAMPLE_WALKS: Final = (Walk.DIVIDE_ROWS, Walk.FINISH_ROWS)
 _SAMPLES_PER_PIECE: Final = 1 << 14
-# Walks over chunks: any of their units may be done by any thread.
+# Walks of which any thread may do any unit.
 _SHARED_WALKS: Final = (Walk.WEIGH_ALL, Walk.WEIGH_ROWS, Walk.WALK_ALL, Walk.WALK_ROWS)
 
 
@@ -23,73 +23,57 @@ class Pieces:
     def __init__(
         self,
         arena: Arena,
-        table: BufferTable,
         pool: ThreadPoolExecutor | None,
         program: Program,
         operands: tuple[Buffer, ...],
         piece_work: int,
     ) -> None:
-        """ValueError if the operands are not what the program expects, MemoryError if there is no room for the answer.
+        """OperandMismatch if the operands are not what the program says, MemoryError if there is no room for the answer.
 
         `piece_work` is about how much one thread does in a piece, elements times losses.
         """
         self._arena = arena
         self._pool = pool
         self._program = program
-        # Held until the end: the kernels know addresses only.
-        self._operands = operands
         self._outputs = output_memory(program.output_bytes)
-        _, outputs = table.resolve(list(operands), self._outputs, program.operand_sizes)
-        self._state: Memory = arena.take_state(program.state_bytes)
-        # The program, the operands' addresses and the results outlive this call, so they get memory of their own.
-        self._addresses = table.copy(len(operands))
-        self._code = Memory(len(program.code))
-        self._code.view[:] = program.code
-        self._results = Memory(SPEC_RESULT.size * program.spec_count)
-        self._frame = {
-            "program": self._code.address,
-            "operands": self._addresses.address,
-            "outputs": outputs,
-            "results": self._results.address,
-            "state": self._state.address,
-        }
+        self._job = arena.open_job(program, [*operands, self._outputs])
         self._units_per_piece = max(1, piece_work // (CHUNK * program.spec_count))
         self._left = self._pieces()
 
     def advance(self) -> bool:
-        """Compute the next piece. Returns whether that was the last."""
+        """Compute the next piece. Returns whether all is done."""
         piece = next(self._left, None)
-        if piece is not None:
-            self._compute(*piece)
-            return False
-        return True
+        if piece is None:
+            return True
+        self._compute(*piece)
+        return False
 
     def result(self) -> WorkResult:
-        """Return the answer. Gives back the memory that the request took."""
-        self._arena.give_back(self._state)
+        """Return the answer, and give back the memory that computing it took."""
+        self._arena.close_job(self._job)
         outputs = tuple([self._outputs[begin:end] for begin, end in self._program.output_spans])
-        return WorkResult(self._results.view.tobytes(), outputs)
+        return WorkResult(self._job.scalars, outputs)
 
-    def _pieces(self) -> Iterator[tuple[Stage, int, int]]:
-        for stage in self._program.stages:
+    def _pieces(self) -> Iterator[tuple[Walk, int, int]]:
+        for walk, unit_count in self._program.walks:
             units = self._units_per_piece
-            if stage.walk in _SAMPLE_WALKS:
+            if walk in _SAMPLE_WALKS:
                 units = _SAMPLES_PER_PIECE
-            elif stage.walk in _SHARED_WALKS:
+            elif walk in _SHARED_WALKS:
                 units *= self._arena.threads
-            for begin in range(0, stage.unit_count, units):
-                yield stage, begin, min(begin + units, stage.unit_count)
+            for begin in range(0, unit_count, units):
+                yield walk, begin, min(begin + units, unit_count)
 
-    def _compute(self, stage: Stage, begin: int, end: int) -> None:
-        threads = min(self._arena.threads, end - begin) if stage.walk in _SHARED_WALKS else 1
+    def _compute(self, walk: Walk, begin: int, end: int) -> None:
+        threads = min(self._arena.threads, end - begin) if walk in _SHARED_WALKS else 1
         if threads == 1 or self._pool is None:
-            self._arena.walk(self._frame, 0, stage.walk, begin, end)
+            self._job.walk(walk, begin, end, 0)
             return
         edges = [begin + (end - begin) * thread // threads for thread in range(threads + 1)]
         others = [
-            self._pool.submit(self._arena.walk, self._frame, thread, stage.walk, edges[thread], edges[thread + 1])
+            self._pool.submit(self._job.walk, walk, edges[thread], edges[thread + 1], thread)
             for thread in range(1, threads)
         ]
-        self._arena.walk(self._frame, 0, stage.walk, edges[0], edges[1])
+        self._job.walk(walk, edges[0], edges[1], 0)
         for other in others:
             other.result()

@@ -18,23 +18,9 @@ from lossgrad_server.engine.cpu_layout import (
     SPEC_STATE_WORDS,
     STATE_SPECS,
 )
-from lossgrad_server.engine.cpu_layout import state_offsets as _state_offsets
-from lossgrad_server.engine.cpu_layout import sum_steps as _sum_steps
-from lossgrad_server.engine.cpu_layout import unit_counts as _unit_counts
 from lossgrad_server.engine.cpu_native import inlined
 
 _JOB_BYTES, _SPEC_BYTES, _OUTPUT_BYTES = JOB.itemsize, SPEC.itemsize, OUTPUT.itemsize
-
-unit_counts = inlined(_unit_counts)
-sum_steps = inlined(_sum_steps)
-_offsets = inlined(_state_offsets)
-
-
-@inlined
-def state_offsets(job: Any) -> Any:
-    """Return cpu_layout.state_offsets of the job."""
-    flat, rows = unit_counts(job)
-    return _offsets(job, flat, rows)
 
 
 @inlined

@@ -17,7 +17,7 @@ from typing import Final
 
 from lossgrad_server.engine.cpu_kernel import load_kernel
 from lossgrad_server.engine.cpu_layout import CHUNK, LANES, Program, program_of
-from lossgrad_server.engine.cpu_memory import Arena, BufferTable, output_memory
+from lossgrad_server.engine.cpu_memory import Arena, output_memory
 from lossgrad_server.engine.cpu_pieces import Pieces
 from lossgrad_server.errors import InternalError
 from lossgrad_server.work import SPEC_RESULT, BatchResult, Buffer, FailureKind, WorkFailure, WorkItem, WorkResult
@@ -60,10 +60,8 @@ class CpuWorker:
 
     def warm_up(self) -> None:
         """Compile the kernels, or read them from the cache, and allocate what is kept between batches."""
-        self._kernel = load_kernel()
-        self._arena = Arena(self._kernel, self._threads)
-        self._table = BufferTable(self._kernel)
-        self._pool = ThreadPoolExecutor(self._threads, "lossgrad-cpu") if self._threads > 1 else None
+        self._arena = Arena(load_kernel(), self._threads)
+        self._pool = ThreadPoolExecutor(self._threads - 1, "lossgrad-cpu") if self._threads > 1 else None
 
     def close(self) -> None:
         """Stop the other threads."""
@@ -72,29 +70,27 @@ class CpuWorker:
 
     def run(self, items: Sequence[WorkItem]) -> BatchResult:
         """Compute the items. An item that fails, fails alone, as a WorkFailure."""
-        outcomes: dict[int, Outcome] = {}
-        small: list[int] = []
-        large: list[int] = []
-        programs: list[Program] = []
-        times = [0, 0, 0]
         started = perf_counter_ns()
+        programs: list[Program] = []
+        failures: dict[int, Outcome] = {}
+        large: list[int] = []
+        small: list[int] = []
         for index, item in enumerate(items):
             try:
-                program = program_of(item.header)
-                if len(item.operands) != program.operand_count:
-                    raise ValueError(f"{len(item.operands)} operands came, the plan has {program.operand_count}")
+                program = _program_of(item)
             except Exception as error:
-                outcomes[index] = failure(error, None)
+                failures[index] = failure(error, None)
                 continue
-            if program.work > self._piece_work:
-                large.append(index)
-            else:
+            if program.work <= self._piece_work:
                 small.append(index)
                 programs.append(program)
-        times[0] = perf_counter_ns() - started
-        if small:
-            computed = self._run_small([items[index] for index in small], programs, times)
-            outcomes.update(zip(small, computed, strict=True))
+            else:
+                large.append(index)
+        times = [perf_counter_ns() - started, 0, 0]
+        if len(small) == len(items):
+            return BatchResult(self._run_small(items, programs, times), *times)
+        computed = self._run_small([items[index] for index in small], programs, times)
+        outcomes = failures | dict(zip(small, computed, strict=True))
         for index in large:
             outcomes[index] = self._run_large(items[index], times)
         return BatchResult([outcomes[index] for index in range(len(items))], *times)
@@ -104,10 +100,7 @@ class CpuWorker:
 
         Other items may be run between two pieces. Raises what is wrong with the item.
         """
-        program = program_of(item.header)
-        if len(item.operands) != program.operand_count:
-            raise ValueError(f"{len(item.operands)} operands came, the plan has {program.operand_count}")
-        return Pieces(self._arena, self._table, self._pool, program, item.operands, self._piece_work)
+        return Pieces(self._arena, self._pool, _program_of(item), item.operands, self._piece_work)
 
     def _run_large(self, item: WorkItem, times: list[int]) -> Outcome:
         started = perf_counter_ns()
@@ -125,48 +118,44 @@ class CpuWorker:
         times[2] += perf_counter_ns() - computed
         return result
 
-    def _run_small(self, items: list[WorkItem], programs: list[Program], times: list[int]) -> list[Outcome]:
-        """Compute items in one call. Where that cannot be done, each by itself, so that the culprit fails alone."""
+    def _run_small(self, items: Sequence[WorkItem], programs: list[Program], times: list[int]) -> list[Outcome]:
+        """Compute items in one call. Where that cannot be done, one by one, so that the culprit fails alone."""
+        if not items:
+            return []
         started = perf_counter_ns()
         try:
             memory = output_memory(sum([program.output_bytes for program in programs]))
             buffers: list[Buffer] = [operand for item in items for operand in item.operands]
-            sizes = b"".join([program.operand_sizes for program in programs])
-            operands, outputs = self._table.resolve(buffers, memory, sizes)
+            buffers.append(memory)
+            packed = perf_counter_ns()
+            holding_gil = sum([program.work for program in programs]) < _HOLDING_GIL_WORK
+            scalars = self._arena.compute(programs, buffers, holding_gil=holding_gil)
         except Exception as error:
             if len(items) == 1:
                 return [failure(error, programs[0])]
             return [
                 self._run_small([item], [program], times)[0] for item, program in zip(items, programs, strict=True)
             ]
-        code = b"".join([program.code for program in programs])
-        packed = perf_counter_ns()
-        scalars = self._arena.compute(
-            code,
-            operands,
-            outputs,
-            state_bytes=max([program.state_bytes for program in programs]),
-            spec_count=sum([program.spec_count for program in programs]),
-            job_count=len(programs),
-            holding_gil=sum([program.work for program in programs]) < _HOLDING_GIL_WORK,
-        )
         computed = perf_counter_ns()
         outcomes: list[Outcome] = []
         first_byte = first_result = 0
         for program in programs:
             last_result = first_result + _RESULT_BYTES * program.spec_count
-            outcomes.append(
-                WorkResult(
-                    scalars[first_result:last_result],
-                    tuple([memory[first_byte + begin : first_byte + end] for begin, end in program.output_spans]),
-                )
-            )
+            outputs = [memory[first_byte + begin : first_byte + end] for begin, end in program.output_spans]
+            outcomes.append(WorkResult(scalars[first_result:last_result], tuple(outputs)))
             first_result = last_result
             first_byte += program.output_bytes
         times[0] += packed - started
         times[1] += computed - packed
         times[2] += perf_counter_ns() - computed
         return outcomes
+
+
+def _program_of(item: WorkItem) -> Program:
+    program = program_of(item.header)
+    if len(item.operands) != program.operand_count:
+        raise ValueError(f"{len(item.operands)} operands came, the plan has {program.operand_count}")
+    return program
 
 
 def failure(error: Exception, program: Program | None) -> WorkFailure:
