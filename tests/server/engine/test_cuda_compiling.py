@@ -6,17 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed")
-
 from lossgrad_server.engine.cuda_template import Kernel, Stage, template_of
 from lossgrad_server.jobs import DataType
 from tests.server.engine.test_cuda_layout import random_plan
+
+# Not imported in this process: cuda_simulation.py has its say in how.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +44,6 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> dict[Kernel, dict[str, int
     return kernels
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_every_kernel_compiles_for_hopper_and_keeps_to_ieee_754(code: dict[Kernel, dict[str, int]]) -> None:
     # 5 pairs of types; plain, selected and by rows; weights whole and by rows; two folds.
     assert len(code) == 5 * 3 + 2 + 2
@@ -51,8 +55,6 @@ def test_every_kernel_compiles_for_hopper_and_keeps_to_ieee_754(code: dict[Kerne
         assert {name for name in instructions if name.startswith("atom")} <= {"atom.global.gpu.relaxed.add.u64"}, kernel
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("data_type", [DataType.FLOAT16, DataType.BFLOAT16, DataType.FLOAT32, DataType.FLOAT64])
 def test_the_common_case_loads_and_stores_sixteen_bytes_at_a_time(
     code: dict[Kernel, dict[str, int]], data_type: DataType
@@ -68,8 +70,6 @@ def test_the_common_case_loads_and_stores_sixteen_bytes_at_a_time(
     assert instructions["st.global.b64"] == 1
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_no_job_needs_a_kernel_that_was_not_warmed_up(code: dict[Kernel, dict[str, int]]) -> None:
     random = np.random.default_rng(70)
     for _ in range(500):

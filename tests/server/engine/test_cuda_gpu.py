@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed")
-
 from tests.server.engine.cuda_simulation import needs_gpu  # isort: skip
 
 from lossgrad_server.engine.cuda_worker import CudaWorker

@@ -13,8 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="triton is not installed")
-
 from tests.server.engine.cuda_simulation import needs_gpu  # isort: skip
 
 from lossgrad_server.engine import cuda_launch
