@@ -20,7 +20,7 @@ SPEC_RESULT: Final = struct.Struct("<dqdq")
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """One request to compute: `JobPlan.header`, and the bytes of each of `JobPlan.operands`, unaligned and read-only."""
+    """One request to compute: `JobPlan.header`, and each of `JobPlan.operands` as bytes: read-only, at any address."""
 
     header: bytes
     operands: tuple[Buffer, ...]

@@ -1,0 +1,266 @@
+"""Responses, bytes <-> plain values: ComputeLossResponse and StreamComputeLossResponse. Requests: request_codec.py."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
+
+from google.protobuf.message import DecodeError
+from google.rpc import status_pb2
+
+from lossgrad_api.v1 import loss_service_pb2 as pb
+from lossgrad_api.wire import (
+    EMPTY,
+    TENSOR_DATA,
+    Buffer,
+    CodecError,
+    WireTensor,
+    read_length,
+    read_tag,
+    read_varint,
+    scalar_field,
+    skip,
+    string_field,
+    tensor_head,
+    to_signed,
+    varint,
+)
+
+_DOUBLE: Final = struct.Struct("<d")
+
+
+class StatsView(NamedTuple):
+    """The fields of ComputeStats, in order."""
+
+    queue_ns: int
+    pack_ns: int
+    compute_ns: int
+    unpack_ns: int
+    batch_request_count: int
+    batch_element_count: int
+    device: str
+
+
+class ResultView(NamedTuple):
+    """The fields of LossResult, in order. Exactly one of `scalar` and `tensor` is set."""
+
+    scalar: float | None
+    tensor: WireTensor | None
+    element_count: int
+    weight_sum: float
+    nonfinite_count: int
+    target_gradient: WireTensor | None
+    input_gradient: WireTensor | None
+
+
+class ResponseView(NamedTuple):
+    """The fields of ComputeLossResponse, in order."""
+
+    stats: StatsView
+    results: tuple[ResultView, ...]
+    idempotency_key: str
+
+
+def encode_compute_response(stats: StatsView, results: Iterable[ResultView], idempotency_key: str = "") -> list[Buffer]:
+    """Return a ComputeLossResponse as parts to join."""
+    body = b"".join(scalar_field(number, value) for number, value in enumerate(stats[:6], 1)) + string_field(
+        7, stats.device
+    )
+    parts: list[Buffer] = [b"\x0a" + varint(len(body)) + body]
+    for result in results:
+        parts += _result_parts(result)
+    if idempotency_key:
+        parts.append(string_field(3, idempotency_key))
+    return parts
+
+
+def _result_parts(result: ResultView) -> list[Buffer]:
+    scalar, tensor, element_count, weight_sum, nonfinite_count, target_gradient, input_gradient = result
+    parts: list[Buffer] = [b""]
+    head = b"" if scalar is None else b"\x09" + _DOUBLE.pack(scalar)
+    size = 0
+    if tensor is not None:
+        size += len(tensor.data)
+        parts += (head + tensor_head(2 << 3 | 2, tensor.data_type, tensor.shape, len(tensor.data)), tensor.data)
+        head = b""
+    head += scalar_field(3, element_count)
+    packed = _DOUBLE.pack(weight_sum)
+    if packed != bytes(8):
+        head += b"\x21" + packed
+    head += scalar_field(5, nonfinite_count)
+    for tag, gradient in ((6 << 3 | 2, target_gradient), (7 << 3 | 2, input_gradient)):
+        if gradient is not None:
+            data = gradient.data
+            size += len(data)
+            parts += (head + tensor_head(tag, gradient.data_type, gradient.shape, len(data)), data)
+            head = b""
+    parts.append(head)
+    size += sum(map(len, parts[1::2]))
+    parts[0] = b"\x12" + varint(size)
+    return parts
+
+
+def encode_stream_response(responses: Iterable[tuple[int, Sequence[Buffer] | status_pb2.Status]]) -> bytes:
+    """Return a StreamComputeLossResponse of (tag, parts of `encode_compute_response` or the error)."""
+    message: list[Buffer] = []
+    for tag, outcome in responses:
+        parts: Sequence[Buffer]
+        if isinstance(outcome, status_pb2.Status):
+            field, parts = b"\x1a", [outcome.SerializeToString()]
+        else:
+            field, parts = b"\x12", outcome
+        size = sum(map(len, parts))
+        head = scalar_field(1, tag) + field + varint(size)
+        message.append(b"\x0a" + varint(len(head) + size) + head)
+        message.extend(parts)
+    return b"".join(message)
+
+
+def decode_compute_response(data: bytes, start: int = 0, end: int | None = None) -> ResponseView:
+    """Return the ComputeLossResponse `data[start:end]`; its tensors' data are views into `data`. Raises CodecError."""
+    end = len(data) if end is None else end
+    stats = pb.ComputeStats()
+    results: list[ResultView] = []
+    idempotency_key = b""
+    position = start
+    while position < end:
+        tag, position = read_tag(data, position, end)
+        if tag == (1 << 3 | 2):
+            body, position = read_length(data, position, end)
+            _merge(stats, data[body:position])
+        elif tag == (2 << 3 | 2):
+            body, position = read_length(data, position, end)
+            results.append(_decode_result(data, body, position))
+        elif tag == (3 << 3 | 2):
+            body, position = read_length(data, position, end)
+            idempotency_key = data[body:position]
+        else:
+            position = skip(data, tag, position, end)
+    try:
+        key = idempotency_key.decode()
+    except UnicodeDecodeError:
+        raise CodecError("idempotency_key is not UTF-8") from None
+    return ResponseView(
+        StatsView(
+            stats.queue_ns,
+            stats.pack_ns,
+            stats.compute_ns,
+            stats.unpack_ns,
+            stats.batch_request_count,
+            stats.batch_element_count,
+            stats.device,
+        ),
+        tuple(results),
+        key,
+    )
+
+
+def _merge(stats: pb.ComputeStats, body: bytes) -> None:
+    try:
+        stats.MergeFromString(body)
+    except DecodeError:
+        raise CodecError("the bytes are not a lossgrad_api.v1.ComputeLossResponse") from None
+
+
+def _decode_result(data: bytes, position: int, end: int) -> ResultView:
+    scalar: float | None = None
+    tensors: dict[int, WireTensor] = {}
+    element_count = nonfinite_count = 0
+    weight_sum = 0.0
+    while position < end:
+        tag, position = read_tag(data, position, end)
+        if tag == (1 << 3 | 1):
+            behind = skip(data, tag, position, end)
+            (scalar,) = _DOUBLE.unpack_from(data, position)
+            tensors.pop(2, None)  # a oneof: the last one set wins
+            position = behind
+        elif tag == 3 << 3:
+            element_count, position = read_varint(data, position, end)
+        elif tag == (4 << 3 | 1):
+            behind = skip(data, tag, position, end)
+            (weight_sum,) = _DOUBLE.unpack_from(data, position)
+            position = behind
+        elif tag == 5 << 3:
+            nonfinite_count, position = read_varint(data, position, end)
+        elif tag in (2 << 3 | 2, 6 << 3 | 2, 7 << 3 | 2):
+            body, position = read_length(data, position, end)
+            number = tag >> 3
+            tensors[number] = _decode_tensor(data, body, position, tensors.get(number))
+            if number == 2:
+                scalar = None
+        else:
+            position = skip(data, tag, position, end)
+    return ResultView(
+        scalar,
+        tensors.get(2),
+        to_signed(element_count),
+        weight_sum,
+        to_signed(nonfinite_count),
+        tensors.get(6),
+        tensors.get(7),
+    )
+
+
+def _decode_tensor(data: bytes, position: int, end: int, merged_into: WireTensor | None = None) -> WireTensor:
+    data_type, shape, elements = merged_into or (0, (), EMPTY)
+    while position < end:
+        tag, position = read_tag(data, position, end)
+        if tag == 1 << 3:
+            data_type, position = read_varint(data, position, end)
+        elif tag == (2 << 3 | 2):
+            body, position = read_length(data, position, end)
+            if (position - body) % 8:
+                raise CodecError(
+                    f"a packed shape of {position - body} bytes is not a whole number of 8-byte dimensions"
+                )
+            shape += struct.unpack_from(f"<{(position - body) // 8}Q", data, body)
+        elif tag == (2 << 3 | 1):
+            behind = skip(data, tag, position, end)
+            shape += struct.unpack_from("<Q", data, position)
+            position = behind
+        elif tag == TENSOR_DATA:
+            body, position = read_length(data, position, end)
+            elements = memoryview(data)[body:position]
+        else:
+            position = skip(data, tag, position, end)
+    return WireTensor(data_type, shape, elements)
+
+
+def decode_stream_response(data: bytes) -> list[tuple[int, ResponseView | status_pb2.Status]]:
+    """Return the (tag, answer or error) pairs of a StreamComputeLossResponse. Raises CodecError."""
+    responses: list[tuple[int, ResponseView | status_pb2.Status]] = []
+    position = 0
+    end = len(data)
+    while position < end:
+        field, position = read_tag(data, position, end)
+        if field != (1 << 3 | 2):
+            position = skip(data, field, position, end)
+            continue
+        position, response_end = read_length(data, position, end)
+        responses.append(_tagged_response(data, position, response_end))
+        position = response_end
+    return responses
+
+
+def _tagged_response(data: bytes, position: int, end: int) -> tuple[int, ResponseView | status_pb2.Status]:
+    tag = 0
+    outcome: ResponseView | status_pb2.Status | None = None
+    while position < end:
+        field, position = read_tag(data, position, end)
+        if field == 1 << 3:
+            tag, position = read_varint(data, position, end)
+        elif field == (2 << 3 | 2):
+            body, position = read_length(data, position, end)
+            outcome = decode_compute_response(data, body, position)
+        elif field == (3 << 3 | 2):
+            body, position = read_length(data, position, end)
+            try:
+                outcome = status_pb2.Status.FromString(data[body:position])
+            except DecodeError:
+                raise CodecError("the bytes are not a google.rpc.Status") from None
+        else:
+            position = skip(data, field, position, end)
+    if outcome is None:
+        raise CodecError(f"the answer to request {tag} holds neither a response nor an error")
+    return to_signed(tag), outcome
