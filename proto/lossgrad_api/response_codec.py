@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from google.protobuf.message import DecodeError
@@ -28,6 +29,11 @@ from lossgrad_api.wire import (
 )
 
 _DOUBLE: Final = struct.Struct("<d")
+_ZERO: Final = bytes(8)
+
+# Tags of TaggedResponse.outcome: field number * 8 + wire type.
+_RESPONSE: Final = 2 << 3 | 2
+_ERROR: Final = 3 << 3 | 2
 
 
 class StatsView(NamedTuple):
@@ -64,15 +70,28 @@ class ResponseView(NamedTuple):
 
 def encode_compute_response(stats: StatsView, results: Iterable[ResultView], idempotency_key: str = "") -> list[Buffer]:
     """Return a ComputeLossResponse as parts to join."""
-    body = b"".join(scalar_field(number, value) for number, value in enumerate(stats[:6], 1)) + string_field(
-        7, stats.device
-    )
+    body = scalar_field(1, stats[0]) + _stats_of_batch(stats[1:])
     parts: list[Buffer] = [b"\x0a" + varint(len(body)) + body]
     for result in results:
         parts += _result_parts(result)
     if idempotency_key:
         parts.append(string_field(3, idempotency_key))
     return parts
+
+
+@lru_cache(maxsize=64)
+def _stats_of_batch(stats: tuple[int, int, int, int, int, str]) -> bytes:
+    """Return all of a ComputeStats but its first field: equal for all requests of a batch, which come one after another."""
+    numbers = b"".join(scalar_field(number, value) for number, value in enumerate(stats[:5], 2))
+    return numbers + string_field(7, stats[5])
+
+
+@lru_cache(maxsize=1024)
+def _counts(element_count: int, weight_sum: float, nonfinite_count: int) -> bytes:
+    """Return the fields 3 to 5 of a LossResult: equal for requests of one shape."""
+    packed = _DOUBLE.pack(weight_sum)
+    weight = b"\x21" + packed if packed != _ZERO else b""
+    return scalar_field(3, element_count) + weight + scalar_field(5, nonfinite_count)
 
 
 def _result_parts(result: ResultView) -> list[Buffer]:
@@ -84,11 +103,8 @@ def _result_parts(result: ResultView) -> list[Buffer]:
         size += len(tensor.data)
         parts += (head + tensor_head(2 << 3 | 2, tensor.data_type, tensor.shape, len(tensor.data)), tensor.data)
         head = b""
-    head += scalar_field(3, element_count)
-    packed = _DOUBLE.pack(weight_sum)
-    if packed != bytes(8):
-        head += b"\x21" + packed
-    head += scalar_field(5, nonfinite_count)
+    # 0.0 and -0.0 are equal keys of a cache and not equal on the wire.
+    head += (_counts if weight_sum else _counts.__wrapped__)(element_count, weight_sum, nonfinite_count)
     for tag, gradient in ((6 << 3 | 2, target_gradient), (7 << 3 | 2, input_gradient)):
         if gradient is not None:
             data = gradient.data
@@ -208,6 +224,7 @@ def _decode_tensor(data: bytes, position: int, end: int, merged_into: WireTensor
         tag, position = read_tag(data, position, end)
         if tag == 1 << 3:
             data_type, position = read_varint(data, position, end)
+            data_type = (data_type + (1 << 31) & 0xFFFF_FFFF) - (1 << 31)  # an enum is an int32
         elif tag == (2 << 3 | 2):
             body, position = read_length(data, position, end)
             if (position - body) % 8:
@@ -245,22 +262,34 @@ def decode_stream_response(data: bytes) -> list[tuple[int, ResponseView | status
 
 def _tagged_response(data: bytes, position: int, end: int) -> tuple[int, ResponseView | status_pb2.Status]:
     tag = 0
-    outcome: ResponseView | status_pb2.Status | None = None
+    member = 0  # of the oneof: the last one set wins, and protobuf merges one that comes twice in a row
+    spans: list[tuple[int, int]] = []
     while position < end:
         field, position = read_tag(data, position, end)
         if field == 1 << 3:
             tag, position = read_varint(data, position, end)
-        elif field == (2 << 3 | 2):
+        elif field in (_RESPONSE, _ERROR):
             body, position = read_length(data, position, end)
-            outcome = decode_compute_response(data, body, position)
-        elif field == (3 << 3 | 2):
-            body, position = read_length(data, position, end)
-            try:
-                outcome = status_pb2.Status.FromString(data[body:position])
-            except DecodeError:
-                raise CodecError("the bytes are not a google.rpc.Status") from None
+            if field != member and spans:
+                _outcome(data, member, spans)  # what is not kept must be readable all the same
+                spans.clear()
+            member = field
+            spans.append((body, position))
         else:
             position = skip(data, field, position, end)
-    if outcome is None:
-        raise CodecError(f"the answer to request {tag} holds neither a response nor an error")
-    return to_signed(tag), outcome
+    if not spans:
+        raise CodecError(f"the answer to request {to_signed(tag)} holds neither a response nor an error")
+    return to_signed(tag), _outcome(data, member, spans)
+
+
+def _outcome(data: bytes, member: int, spans: list[tuple[int, int]]) -> ResponseView | status_pb2.Status:
+    start, end = spans[0]
+    if len(spans) > 1:  # parsing the concatenation is what merging does
+        data = b"".join(data[start:end] for start, end in spans)
+        start, end = 0, len(data)
+    if member == _RESPONSE:
+        return decode_compute_response(data, start, end)
+    try:
+        return status_pb2.Status.FromString(data[start:end])
+    except DecodeError:
+        raise CodecError("the bytes are not a google.rpc.Status") from None

@@ -17,7 +17,12 @@ START_GROUP: Final = 3
 END_GROUP: Final = 4
 FIXED32: Final = 5
 
+# A tag and a length are 32-bit numbers, at most five bytes as a varint; the generated classes refuse longer ones too.
+_MAX_TAG_BYTES: Final = 5
+
+# Groups are not in our messages. An unknown one is skipped, within bounds: walking one costs time for each byte.
 _MAX_GROUP_DEPTH: Final = 32
+_MAX_GROUP_BYTES: Final = 64 * 1024
 
 Buffer = bytes | bytearray | memoryview
 EMPTY: Final = memoryview(b"")
@@ -44,17 +49,20 @@ class HeaderTooLarge(CodecError):
 
 def varint(value: int) -> bytes:
     """Return a non-negative integer as a varint."""
-    if value < 0x80:
-        return _SMALL_VARINTS[value]
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    if value < 0x4000:
+        return _LAST_VARINTS[value]
+    out = b""
+    while value >= 0x4000:
+        out += _INNER_VARINTS[value & 0x3FFF]
+        value >>= 14
+    return out + _LAST_VARINTS[value]
 
 
-_SMALL_VARINTS: Final = tuple(bytes((value,)) for value in range(0x80))
+# Two bytes' worth at a time, looked up: a loop over bytes costs three times as much, and every message is full of these.
+_LAST_VARINTS: Final = tuple(
+    bytes((value,)) if value < 0x80 else bytes((value & 0x7F | 0x80, value >> 7)) for value in range(0x4000)
+)
+_INNER_VARINTS: Final = tuple(bytes((value & 0x7F | 0x80, value >> 7 | 0x80)) for value in range(0x4000))
 
 
 def signed_varint(value: int) -> bytes:
@@ -81,6 +89,8 @@ def read_varint(data: bytes, position: int, end: int) -> tuple[int, int]:
 def read_length(data: bytes, position: int, end: int) -> tuple[int, int]:
     """Return where the length-delimited value at `position` (behind its tag) starts, and where it ends."""
     length, start = read_varint(data, position, end)
+    if start - position > _MAX_TAG_BYTES:
+        raise CodecError(f"the length at byte {position} is longer than {_MAX_TAG_BYTES} bytes")
     if length > end - start:
         raise CodecError(f"the field at byte {position} says that it has {length} bytes, only {end - start} are left")
     return start, start + length
@@ -92,15 +102,14 @@ def to_signed(value: int) -> int:
 
 
 def read_tag(data: bytes, position: int, end: int) -> tuple[int, int]:
-    """Return the tag (field number * 8 + wire type) at `position`, and the position behind it."""
+    """Return the tag (field number * 8 + wire type) at `position`, which is before `end`, and the position behind it."""
     tag = data[position]
-    if tag < 0x80:
-        position += 1
-    else:
-        tag, position = read_varint(data, position, end)
-    if not 8 <= tag < 1 << 32:
+    behind = position + 1
+    if tag >= 0x80:
+        tag, behind = read_varint(data, position, end)
+    if not 8 <= tag < 1 << 32 or behind - position > _MAX_TAG_BYTES:
         raise CodecError(f"the tag {tag} at byte {position} is not a field's")
-    return tag, position
+    return tag, behind
 
 
 def skip(data: bytes, tag: int, position: int, end: int, depth: int = 0) -> int:
@@ -123,6 +132,9 @@ def skip(data: bytes, tag: int, position: int, end: int, depth: int = 0) -> int:
 def _skip_group(data: bytes, start_tag: int, position: int, end: int, depth: int) -> int:
     if depth >= _MAX_GROUP_DEPTH:
         raise CodecError(f"groups are nested more than {_MAX_GROUP_DEPTH} deep at byte {position}")
+    is_cut = end - position > _MAX_GROUP_BYTES
+    if is_cut:
+        end = position + _MAX_GROUP_BYTES
     while position < end:
         tag, position = read_tag(data, position, end)
         if tag & 7 == END_GROUP:
@@ -130,6 +142,8 @@ def _skip_group(data: bytes, start_tag: int, position: int, end: int, depth: int
                 raise CodecError(f"the group that ends at byte {position} is not the one that began")
             return position
         position = skip(data, tag, position, end, depth + 1)
+    if is_cut:
+        raise HeaderTooLarge(f"a group takes more than {_MAX_GROUP_BYTES} bytes; no field of ours is one")
     raise CodecError("the message ends inside a group")
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 
+from lossgrad_api.allocator import keep_large_blocks
 from lossgrad_server.config import ConfigError, from_command_line
 
 
@@ -16,6 +17,7 @@ def main() -> int:
         logging.basicConfig(
             level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
         )
+        keep_large_blocks()  # before torch and gRPC start threads, each of which would get an arena of its own
         # Only now, so that --help and a bad flag do not wait seconds for torch.
         from lossgrad_server.app import run
 

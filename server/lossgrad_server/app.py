@@ -17,6 +17,7 @@ from typing import Any, Final
 import grpc.aio
 import prometheus_client
 
+from lossgrad_api.allocator import release_free_memory
 from lossgrad_api.codec import SERVICE
 from lossgrad_server import __version__, engine
 from lossgrad_server.batching.admission import AdmissionLimits
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 # How long the device's running batch may take to end once nobody waits for it any more.
 _WORKER_STOP_SECONDS: Final = 10.0
+
+# Memory kept for the next large message is given back once there has been no request for this long.
+_IDLE_SECONDS: Final = 5.0
 
 
 class Core:
@@ -110,6 +114,7 @@ class Server:
         if config.reflection:
             _add_reflection(self._grpc)
         self._stop_metrics: Callable[[], None] = lambda: None
+        self._trimmer: asyncio.Task[None] | None = None
 
     @property
     def device(self) -> str:
@@ -135,18 +140,29 @@ class Server:
             await self._grpc.stop(None)
             raise
         await self._health.set_ready(True)
+        self._trimmer = asyncio.create_task(self._release_memory_when_idle())
         logger.info("Ready: grpc %s, metrics %s, device %s", self.grpc_address, self.metrics_address, self.device)
 
     @property
     def grpc_address(self) -> str:
         """Where it serves, as a client's target."""
-        is_socket = self.config.host.startswith("unix")
-        return self.config.host if is_socket else f"{self.config.host}:{self.port}"
+        return self.config.host if self.config.is_socket else f"{self.config.host}:{self.port}"
 
     @property
     def metrics_address(self) -> str:
         """Where its metrics are; "off" without."""
         return f"http://{self.config.metrics_host}:{self.metrics_port}/metrics" if self.metrics_port else "off"
+
+    async def _release_memory_when_idle(self) -> None:
+        released_at = 0  # the number of requests admitted when memory was last given back
+        seen = 0
+        while True:
+            await asyncio.sleep(_IDLE_SECONDS)
+            admitted = self._core.batcher.total_admitted
+            if admitted == seen != released_at and not self._core.batcher.admitted_requests:
+                await asyncio.get_running_loop().run_in_executor(None, release_free_memory)
+                released_at = admitted
+            seen = admitted
 
     def _start_metrics(self) -> None:
         host, port = self.config.metrics_host, self.config.metrics_port
@@ -178,6 +194,8 @@ class Server:
     async def stop(self) -> None:
         """Stop at once; calls in flight end with an error."""
         await self._grpc.stop(None)
+        if self._trimmer is not None:
+            self._trimmer.cancel()
         await self._core.close()
         await asyncio.get_running_loop().run_in_executor(None, self._stop_metrics)
         logger.info("Stopped")

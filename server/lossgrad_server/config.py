@@ -16,6 +16,9 @@ from typing import Any, Final
 from lossgrad_server import __version__
 
 MIB: Final = 1 << 20
+INT32_MAX: Final = (1 << 31) - 1  # the limits that GetServerInfo tells travel as int32 and int64
+INT64_MAX: Final = (1 << 63) - 1
+DAY_SECONDS: Final = 86_400
 ENVIRONMENT_PREFIX: Final = "LOSSGRAD_"
 
 
@@ -62,18 +65,21 @@ class ServerConfig:
         "Most requests waiting or running at a time; beyond it callers are told to come back. Above the most that one "
         "stream may have inside, so that one stream alone is never refused.",
         least=1,
+        most=INT32_MAX,
     )
     max_queued_bytes: int = _setting(
         1024 * MIB,
         "Most bytes of tensors waiting or running at a time, answers included: the server's memory is bounded by about "
         "this. A request is always taken when nothing else is inside.",
         least=1,
+        most=INT64_MAX,
     )
     max_stream_requests: int = _setting(
         1024,
         "Most requests in one message of a stream, and most unanswered requests of one stream before it is not read "
         "from; 64 in a message already give nearly all that packing gives.",
         least=1,
+        most=INT32_MAX,
     )
     max_batch_requests: int = _setting(256, "Most requests in a batch; bounds how long a batch's first waits.", least=1)
     max_batch_elements: int = _setting(
@@ -90,15 +96,20 @@ class ServerConfig:
         "Ask clients to reconnect after about this long, so that new replicas get load; 0 never does. Set 300 behind a "
         "client-side balancer.",
         least=0,
+        most=DAY_SECONDS,
     )
     drain_delay_seconds: float = _setting(
         0.0,
         "After SIGTERM, keep serving this long while health says NOT_SERVING, so that balancers notice first. 0, because "
         "it helps only behind one; 5 in Kubernetes.",
         least=0,
+        most=DAY_SECONDS,
     )
     drain_grace_seconds: float = _setting(
-        30.0, "After that, let calls in flight finish for at most this long; most take milliseconds.", least=0
+        30.0,
+        "After that, let calls in flight finish for at most this long; most take milliseconds.",
+        least=0,
+        most=DAY_SECONDS,
     )
     log_level: str = _setting("info", "Least severe log line to write: debug, info, warning or error.")
 
@@ -116,7 +127,12 @@ class ServerConfig:
     @property
     def address(self) -> str:
         """The address to listen on, as gRPC takes it."""
-        return self.host if self.host.startswith(("unix:", "unix-abstract:")) else f"{self.host}:{self.port}"
+        return self.host if self.is_socket else f"{self.host}:{self.port}"
+
+    @property
+    def is_socket(self) -> bool:
+        """Whether it listens on a unix socket, which has no port."""
+        return self.host.startswith(("unix:", "unix-abstract:"))
 
 
 def flag(name: str) -> str:

@@ -12,14 +12,15 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from lossgrad_server.batching.forming import Batch
 from lossgrad_server.errors import Code, Reason, RequestError
+from lossgrad_server.histograms import Histogram
 from lossgrad_server.jobs import JobPlan, LossKind
-from lossgrad_server.work import SPEC_RESULT, WorkResult
+from lossgrad_server.work import SPEC_RESULT, BatchResult, WorkResult
 
 # From 10 microseconds: the usual buckets start at 5 ms, where every request of ours would be in the first.
 SECONDS: Final = (
@@ -113,8 +114,7 @@ class Metrics:
             "grpc_server_handling_seconds",
             "Time from start to status.",
             rpc,
-            buckets=SECONDS,
-            registry=registry,
+            SECONDS,
         )
         self.grpc_received = Counter(
             "grpc_server_msg_received", "Messages received from callers.", rpc, registry=registry
@@ -130,22 +130,16 @@ class Metrics:
             "lossgrad_request_duration_seconds",
             "Time from a request's bytes being there to its answer's bytes being ready.",
             ("loss", "mode", "api"),
-            buckets=SECONDS,
-            registry=registry,
+            SECONDS,
         )
         self.stage_duration = Histogram(
             "lossgrad_stage_duration_seconds",
             "Time that requests spent in each stage: decode, queue, pack, compute, unpack, encode.",
             ("stage", "device"),
-            buckets=SECONDS,
-            registry=registry,
+            SECONDS,
         )
-        self.request_bytes = Histogram(
-            "lossgrad_request_bytes", "Size of request messages.", ("api",), buckets=BYTES, registry=registry
-        )
-        self.response_bytes = Histogram(
-            "lossgrad_response_bytes", "Size of response messages.", ("api",), buckets=BYTES, registry=registry
-        )
+        self.request_bytes = Histogram("lossgrad_request_bytes", "Size of request messages.", ("api",), BYTES)
+        self.response_bytes = Histogram("lossgrad_response_bytes", "Size of response messages.", ("api",), BYTES)
         self.elements = Counter(
             "lossgrad_elements", "Elements computed, by loss.", ("loss", "mode", "device"), registry=registry
         )
@@ -155,12 +149,8 @@ class Metrics:
             ("device", "closed_by"),
             registry=registry,
         )
-        self.batch_requests = Histogram(
-            "lossgrad_batch_requests", "Requests in a batch.", ("device",), buckets=REQUESTS, registry=registry
-        )
-        self.batch_elements = Histogram(
-            "lossgrad_batch_elements", "Elements in a batch.", ("device",), buckets=ELEMENTS, registry=registry
-        )
+        self.batch_requests = Histogram("lossgrad_batch_requests", "Requests in a batch.", ("device",), REQUESTS)
+        self.batch_elements = Histogram("lossgrad_batch_elements", "Elements in a batch.", ("device",), ELEMENTS)
         self.rejected = Counter(
             "lossgrad_rejected",
             "Requests refused for what the server is at, not for what they are.",
@@ -177,6 +167,16 @@ class Metrics:
         Gauge("lossgrad_build_info", "What runs here; always 1.", tuple(build_info), registry=registry).labels(
             **build_info
         ).set(1)
+        for histogram in (
+            self.grpc_handling_seconds,
+            self.request_duration,
+            self.stage_duration,
+            self.request_bytes,
+            self.response_bytes,
+            self.batch_requests,
+            self.batch_elements,
+        ):
+            registry.register(histogram)
         self._stages = {stage: self.stage_duration.labels(stage, device) for stage in STAGES}
         self._batch_requests = self.batch_requests.labels(device)
         self._batch_elements = self.batch_elements.labels(device)
@@ -198,7 +198,7 @@ class Metrics:
         return bound
 
     def stage(self, stage: str, nanoseconds: int) -> None:
-        """Note the time that one request spent in a stage."""
+        """Note the time that one request spent in a stage of the event loop's thread: decode, queue, encode."""
         self._stages[stage].observe(nanoseconds * 1e-9)
 
     def failed(self, plan: JobPlan | None, api: str, error: RequestError) -> None:
@@ -209,10 +209,14 @@ class Metrics:
         if (rejection := _REJECTIONS.get(error.reason)) is not None:
             self.rejected.labels(rejection).inc()
 
-    def batch_done(self, batch: Batch, busy_ns: int) -> None:
-        """Note a batch that ran. Called from the batcher's thread."""
+    def batch_done(self, batch: Batch, result: BatchResult, busy_ns: int) -> None:
+        """Note a batch that ran. Called from the batcher's thread, which alone observes these series."""
+        size = len(batch.jobs)
+        self._stages["pack"].observe(result.pack_ns * 1e-9, size)
+        self._stages["compute"].observe(result.compute_ns * 1e-9, size)
+        self._stages["unpack"].observe(result.unpack_ns * 1e-9, size)
         self.batches.labels(self.device, batch.closed_by).inc()
-        self._batch_requests.observe(len(batch.jobs))
+        self._batch_requests.observe(size)
         self._batch_elements.observe(batch.element_count)
         self._utilization.busy(busy_ns * 1e-9)
 

@@ -29,6 +29,7 @@ class Admission:
         self.limits = limits
         self.requests = 0
         self.bytes = 0
+        self.total = 0  # ever admitted
         self._is_refusing = False
 
     def admit(self, job: Job) -> None:
@@ -47,6 +48,7 @@ class Admission:
             )
         self._is_refusing = False
         self.requests += 1
+        self.total += 1
         self.bytes += job.byte_count
 
     def release(self, job: Job) -> None:

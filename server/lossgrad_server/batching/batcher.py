@@ -30,7 +30,7 @@ Outcome = Computed | RequestError
 class BatchObserver(Protocol):
     """What watches the batcher: metrics.py. Called from the batcher's thread, once per batch."""
 
-    def batch_done(self, batch: Batch, busy_ns: int) -> None:
+    def batch_done(self, batch: Batch, result: BatchResult, busy_ns: int) -> None:
         """Take note of a batch that ran; the device was busy with it for `busy_ns`."""
 
 
@@ -70,6 +70,11 @@ class Batcher:
     def admitted_requests(self) -> int:
         """How many jobs are inside: waiting, running, or on their way back."""
         return self._admission.requests
+
+    @property
+    def total_admitted(self) -> int:
+        """How many jobs were ever admitted."""
+        return self._admission.total
 
     @property
     def admitted_bytes(self) -> int:
@@ -170,13 +175,14 @@ class Batcher:
             started_ns = time.perf_counter_ns()
             try:
                 result = self._worker.run([job.item for job in batch.jobs])
+                computed = self._outcomes(batch, result)
             except Exception:
                 # A worker answers for its items itself, so this is a bug of its own; the server goes on all the same.
                 logger.exception("The worker of %s failed a batch of %s", self._worker.device, len(batch.jobs))
                 outcomes += [(job, InternalError()) for job in batch.jobs]
             else:
-                outcomes += self._outcomes(batch, result)
-                self._observer.batch_done(batch, time.perf_counter_ns() - started_ns)
+                outcomes += computed
+                self._observer.batch_done(batch, result, time.perf_counter_ns() - started_ns)
         self._deliver(outcomes)
 
     def _outcomes(self, batch: Batch, result: BatchResult) -> list[tuple[Job, Outcome]]:

@@ -77,12 +77,13 @@ def _cap_reached(limits: BatchLimits, requests: int, elements: int, size: int) -
 
 
 def _reason_to_drop(job: Job, now: float) -> RequestError | None:
-    if job.cancelled:
-        return Cancelled("the caller cancelled this request while it waited")
+    # First: a transport cancels the calls whose deadline passes, and late is what they are counted as.
     if job.deadline is not None and now >= job.deadline:
         late_ms = (now - job.deadline) * 1e3
         return DeadlinePassed(
             f"this request's deadline passed {late_ms:.1f} ms before the device was free for it; "
             "allow more time, or send fewer requests at a time"
         )
+    if job.cancelled:
+        return Cancelled("the caller cancelled this request while it waited")
     return None

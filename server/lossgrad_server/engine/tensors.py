@@ -68,7 +68,8 @@ class OperandReader:
         self._itemsize = plan.data_type.itemsize
         if plan.element_count != result_count:
             elements = _aligned(data, self._itemsize).view(_stored_type(self._dtype))
-            data = elements.view(plan.shape).expand(result_shape).reshape(-1).view(torch.uint8)
+            expanded = elements.view(plan.shape).expand(result_shape).clone(memory_format=torch.contiguous_format)
+            data = expanded.view(-1).view(torch.uint8)
         self._data = data
 
     def read(self, start: int, stop: int) -> Tensor:

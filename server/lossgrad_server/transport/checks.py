@@ -1,8 +1,8 @@
 """Checks a ComputeLossRequest and makes its JobPlan. All that a JobPlan promises is established here, before the queue.
 
 The device runs a batch whole, so a bad request must be refused before it joins one. Every refusal gives both values,
-says what to change, and names the field. Plans are remembered by the request's header: callers send the same one again
-and again, and a request whose header is known needs no check at all (its tensors' lengths are part of the header).
+says what to change, and names the field. Plans are remembered: callers send the same kind of request again and again,
+and one that differs from a checked one in its elements' values only needs no check at all.
 """
 
 from __future__ import annotations
@@ -32,9 +32,6 @@ MAX_IDEMPOTENCY_KEY_BYTES: Final = 128
 # What a response holds beside its tensors' data, at most: a kilobyte for each spec.
 _RESPONSE_OVERHEAD_BYTES: Final = 1024
 
-_REMEMBERED_PLANS: Final = 4096
-_REMEMBERED_HEADER_BYTES: Final = 2048
-
 _KINDS: Final = {
     "smooth_l1": LossKind.SMOOTH_L1,
     "huber": LossKind.HUBER,
@@ -51,35 +48,40 @@ class RequestChecker:
 
     def __init__(self, max_message_bytes: int) -> None:
         self._max_message_bytes = max_message_bytes
-        self._plans: dict[bytes, JobPlan] = {}
+        self._known: codec.KnownRequests[JobPlan] = codec.KnownRequests()
 
     def check(self, data: bytes, start: int = 0, end: int | None = None) -> tuple[JobPlan, WorkItem, str]:
         """Return the plan of `data[start:end]`, what the worker needs, and the idempotency key. Raises RequestError."""
-        view = split(data, start, end)
-        plan = self._plans.get(view.header)
-        if plan is None:
-            try:
-                request = codec.parse_request_header(data, start, end)
-                plan = self._plan(request, view)
-            except codec.CodecError as error:
-                raise malformed(error) from None
-            if len(view.header) <= _REMEMBERED_HEADER_BYTES:
-                if len(self._plans) >= _REMEMBERED_PLANS:  # rare enough that starting over is the simplest bound
-                    self._plans.clear()
-                self._plans[view.header] = plan
-        if len(view.idempotency_key) > MAX_IDEMPOTENCY_KEY_BYTES:
+        end = len(data) if end is None else end
+        known = self._known.find(data, start, end)
+        if known is not None:
+            plan, operands = known
+            return plan, WorkItem(plan.header, operands), ""
+        try:
+            view = codec.split_compute_request(data, start, end)
+            request = codec.parse_request_header(data, start, end)
+        except codec.CodecError as error:
+            raise malformed(error) from None
+        # Before all else, because errors echo the key.
+        if (key_length := len(view.idempotency_key.encode())) > MAX_IDEMPOTENCY_KEY_BYTES:
             raise InvalidRequest(
-                f"idempotency_key has {len(view.idempotency_key)} characters, at most {MAX_IDEMPOTENCY_KEY_BYTES} are "
-                "taken; send a shorter one",
+                f"idempotency_key has {key_length} bytes, at most {MAX_IDEMPOTENCY_KEY_BYTES} are taken; send a shorter one",
                 reason=Reason.BAD_PARAMETER,
                 field="idempotency_key",
             )
-        operands = [view.input, view.target]
+        try:
+            plan = self._plan(request, view)
+        except RequestError as error:
+            error.request_id = view.idempotency_key
+            raise
+        if all(tensor.byte_count for tensor in plan.operands):  # otherwise there is no view to find for the empty one
+            self._known.remember(data, start, end, plan)
+        views = [view.input, view.target]
         if plan.weight is not None:
-            operands.append(view.weight)
+            views.append(view.weight)
         if plan.mask is not None:
-            operands.append(view.mask)
-        return plan, WorkItem(plan.header, tuple(operands)), view.idempotency_key
+            views.append(view.mask)
+        return plan, WorkItem(plan.header, tuple(views)), view.idempotency_key
 
     def _plan(self, request: pb.ComputeLossRequest, view: codec.RequestView) -> JobPlan:
         specs = _check_specs(request)
@@ -91,6 +93,8 @@ class RequestChecker:
         input = _check_tensor("input", request.input, view.input, _OPERANDS)
         target = _check_tensor("target", request.target, view.target, _OPERANDS)
         shape = _check_shapes(input, target, request.allow_broadcast)
+        if 0 in shape:
+            _check_extents("the result", shape, "target.shape")
         if not (input.data_type.is_floating_point or target.data_type.is_floating_point):
             raise InvalidRequest(
                 f"input is {_name(input.data_type)} and target is {_name(target.data_type)}; "
@@ -129,21 +133,14 @@ class RequestChecker:
             )
 
 
-def split(data: bytes, start: int = 0, end: int | None = None) -> codec.RequestView:
-    """Take a ComputeLossRequest apart, as codec.split_compute_request does. Raises InvalidRequest."""
-    try:
-        return codec.split_compute_request(data, start, end)
-    except (codec.CodecError, IndexError) as error:
-        raise malformed(error) from None
-
-
-def malformed(error: Exception) -> InvalidRequest:
+def malformed(error: codec.CodecError) -> InvalidRequest:
     """Return what a caller is told whose bytes are not the message that they should be."""
     if isinstance(error, codec.HeaderTooLarge):
         return InvalidRequest(str(error), reason=Reason.HEADER_TOO_LARGE)
-    text = str(error) if isinstance(error, codec.CodecError) else "the message ends early"
+    if isinstance(error, codec.TooManyRequests):
+        return InvalidRequest(str(error), reason=Reason.TOO_MANY_REQUESTS_IN_MESSAGE, field="requests")
     return InvalidRequest(
-        f"the message cannot be read: {text}; send what the .proto of lossgrad_api.v1 describes",
+        f"the message cannot be read: {error}; send what the .proto of lossgrad_api.v1 describes",
         reason=Reason.MALFORMED_MESSAGE,
     )
 
@@ -235,13 +232,18 @@ def _check_tensor(name: str, tensor: tensor_pb2.Tensor, data: memoryview, accept
             reason=Reason.DATA_LENGTH_MISMATCH,
             field=f"{name}.data",
         )
-    if math.prod(max(extent, 1) for extent in shape) >= 1 << 48:  # only an empty tensor gets here with such extents
+    _check_extents(name, shape, f"{name}.shape")
+    return plan
+
+
+def _check_extents(name: str, shape: tuple[int, ...], field: str) -> None:
+    """Check that no arithmetic over a shape overflows 64 bits. Only an empty tensor gets here with such extents."""
+    if math.prod(max(extent, 1) for extent in shape) >= 1 << 48:
         raise InvalidRequest(
             f"{name} is empty but has shape {list(shape)}, whose other dimensions are too large; send a smaller shape",
             reason=Reason.BAD_SHAPE,
-            field=f"{name}.shape",
+            field=field,
         )
-    return plan
 
 
 def _check_shapes(input: TensorPlan, target: TensorPlan, allow_broadcast: bool) -> tuple[int, ...]:

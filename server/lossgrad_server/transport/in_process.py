@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import queue
 import threading
@@ -141,7 +142,7 @@ class InProcessStream:
         self._deserialize = deserialize
         self._received: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=4)
         self._responses: queue.SimpleQueue[bytes | InProcessError | None] = queue.SimpleQueue()
-        self._unread = threading.BoundedSemaphore(4)  # responses that may wait unread; beyond, the handler waits
+        self._unread = asyncio.Semaphore(4)  # responses that may wait unread; beyond, the handler waits
         self._task = asyncio.run_coroutine_threadsafe(self._serve(method), loop)
         # grpc.Channel too consumes the requests in a thread of its own.
         self._feeder = threading.Thread(target=self._feed, args=(messages,), daemon=True)
@@ -164,7 +165,8 @@ class InProcessStream:
             raise StopIteration
         if isinstance(response, InProcessError):
             raise response
-        self._unread.release()
+        with contextlib.suppress(RuntimeError):  # the loop has closed: there is no handler that waits
+            self._loop.call_soon_threadsafe(self._unread.release)
         return self._deserialize(response) if self._deserialize else response
 
     def cancel(self) -> bool:
@@ -173,15 +175,13 @@ class InProcessStream:
 
     async def _serve(self, method: Method) -> None:
         assert method.stream is not None  # noqa: S101 - for the type checker
-        loop = asyncio.get_running_loop()
 
         async def received() -> AsyncIterator[bytes]:
             while (message := await self._received.get()) is not None:
                 yield message
 
         async def send(message: bytes) -> None:
-            if not self._unread.acquire(blocking=False):
-                await loop.run_in_executor(None, self._unread.acquire)
+            await self._unread.acquire()
             self._responses.put(message)
 
         try:

@@ -6,17 +6,20 @@ All of it but the computing runs in the event loop's thread.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
 from lossgrad_api.codec import Buffer
 from lossgrad_server.batching.batcher import Batcher, Outcome
-from lossgrad_server.batching.job import Job
-from lossgrad_server.errors import Reason, RequestError, Unavailable
+from lossgrad_server.batching.job import Computed, Job
+from lossgrad_server.errors import InternalError, Reason, RequestError, Unavailable
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.transport.answers import response_parts, results
 from lossgrad_server.transport.checks import RequestChecker
+
+logger = logging.getLogger(__name__)
 
 # Joining more than this takes longer than handing it to a thread, and would hold up every other call meanwhile.
 JOIN_IN_THREAD_BYTES: Final = 256 * 1024
@@ -52,23 +55,30 @@ class PendingRequest:
         self._done(self.job, error)
 
     def _done(self, job: Job, outcome: Outcome) -> None:
-        metrics = self._pipeline.metrics
         answer: Answer
+        if not isinstance(outcome, RequestError):
+            try:
+                answer = self._encode(job, outcome)
+            except (
+                Exception
+            ):  # a bug of ours, such as a worker's outputs that are not the plan's; the caller still waits
+                logger.exception("Making an answer failed")
+                outcome = InternalError()
         if isinstance(outcome, RequestError):
-            metrics.failed(job.plan, self._api, outcome)
+            self._pipeline.metrics.failed(job.plan, self._api, outcome)
             answer = outcome
-        else:
-            encode_ns = time.perf_counter_ns()
-            answer = response_parts(outcome, results(job, outcome), metrics.device, self.idempotency_key)
-            now_ns = time.perf_counter_ns()
-            metrics.stage("queue", outcome.queue_ns)
-            metrics.stage("pack", outcome.pack_ns)
-            metrics.stage("compute", outcome.compute_ns)
-            metrics.stage("unpack", outcome.unpack_ns)
-            metrics.stage("encode", now_ns - encode_ns)
-            seconds = (now_ns - self._started_ns) * 1e-9
-            metrics.of_request(job.plan, self._api).done(seconds, job.plan.element_count, outcome.result)
         self._on_answer(self, answer)
+
+    def _encode(self, job: Job, computed: Computed) -> Answer:
+        metrics = self._pipeline.metrics
+        encode_ns = time.perf_counter_ns()
+        answer = response_parts(computed, results(job, computed), metrics.device, self.idempotency_key)
+        now_ns = time.perf_counter_ns()
+        metrics.stage("queue", computed.queue_ns)
+        metrics.stage("encode", now_ns - encode_ns)
+        seconds = (now_ns - self._started_ns) * 1e-9
+        metrics.of_request(job.plan, self._api).done(seconds, job.plan.element_count, computed.result)
+        return answer
 
 
 class RequestPipeline:

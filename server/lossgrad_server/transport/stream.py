@@ -27,6 +27,10 @@ API: Final = "stream"
 # An answer message is closed at this size; larger ones gain nothing and hold up the first answers in them.
 MESSAGE_BYTES: Final = 4 * 1024 * 1024
 
+# How long the requests of one message are checked before everybody else has a turn. Remembered ones take microseconds; a
+# thousand with headers of 64 KiB would hold up the event loop for half a minute.
+TURN_SECONDS: Final = 0.005
+
 _Entry = tuple[int, Sequence[codec.Buffer] | status_pb2.Status, int]  # tag, answer, bytes that the request holds
 
 
@@ -38,6 +42,7 @@ class StreamSession:
         self._send = send
         self._max_requests = max_requests
         self._max_bytes = max_bytes
+        self._message_bytes = min(MESSAGE_BYTES, max_bytes)
         self._pending: dict[PendingRequest, int] = {}  # to the tag
         self._outbox: deque[_Entry] = deque()
         self._inside_requests = 0  # pending and unsent
@@ -48,34 +53,33 @@ class StreamSession:
 
     async def run(self, messages: AsyncIterator[bytes], call: Call) -> None:
         """Serve the call to its end."""
-        writer = asyncio.create_task(self._write())
         try:
-            async for message in messages:
-                self._take(message, call.deadline)
-                while self._is_full() and not writer.done():
-                    self._has_room.clear()
-                    await self._has_room.wait()
-                if writer.done():
-                    break
-            self._is_read_out = True
-            self._has_answers.set()
-            await writer
+            async with asyncio.TaskGroup() as tasks:  # where reading or writing fails, the other must not wait for it
+                tasks.create_task(self._write())
+                async for message in messages:
+                    await self._take(message, call.deadline)
+                    while self._is_full():
+                        self._has_room.clear()
+                        await self._has_room.wait()
+                self._is_read_out = True
+                self._has_answers.set()
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
         finally:
-            writer.cancel()
             for request in self._pending:
                 request.job.cancelled = True
 
     def _is_full(self) -> bool:
         return self._inside_requests >= self._max_requests or self._inside_bytes >= self._max_bytes
 
-    def _take(self, message: bytes, stream_deadline: float | None) -> None:
+    async def _take(self, message: bytes, stream_deadline: float | None) -> None:
         metrics = self._pipeline.metrics
         metrics.request_bytes.labels(API).observe(len(message))
         try:
             tagged_requests = codec.split_stream_request(message, self._max_requests)
-        except (codec.CodecError, IndexError) as error:
+        except codec.CodecError as error:
             raise malformed(error) from None
-        now = time.monotonic()
+        now = turn_started = time.monotonic()
         opened: list[PendingRequest] = []
         for tag, timeout_ns, data, start, end in tagged_requests:
             self._inside_requests += 1
@@ -83,11 +87,16 @@ class StreamSession:
                 deadline = _deadline(now, timeout_ns, stream_deadline)
                 request = self._pipeline.open(data, start, end, api=API, deadline=deadline, on_answer=self._on_answer)
             except RequestError as error:
-                self._put(tag, to_status(error), 0)
+                self._put(tag, to_status(error, error.request_id), 0)
             else:
                 self._pending[request] = tag
                 self._inside_bytes += request.job.byte_count
                 opened.append(request)
+            if time.monotonic() - turn_started > TURN_SECONDS:
+                self._pipeline.submit(opened)
+                opened = []
+                await asyncio.sleep(0)
+                turn_started = time.monotonic()
         self._pipeline.submit(opened)
 
     def _on_answer(self, request: PendingRequest, answer: Answer) -> None:
@@ -102,26 +111,27 @@ class StreamSession:
         self._has_answers.set()
 
     async def _write(self) -> None:
-        try:
-            while True:
-                if not self._outbox:
-                    if self._is_read_out and not self._pending:
-                        return
-                    self._has_answers.clear()
-                    await self._has_answers.wait()
-                    continue
-                await self._send_some()
-        finally:
-            self._has_room.set()  # the reading side must not wait for a writer that has ended
+        while True:
+            if not self._outbox:
+                if self._is_read_out and not self._pending:
+                    return
+                self._has_answers.clear()
+                await self._has_answers.wait()
+                continue
+            await self._send_some()
 
     async def _send_some(self) -> None:
         entries: list[tuple[int, Sequence[codec.Buffer] | status_pb2.Status]] = []
-        held_bytes = 0
-        while self._outbox and (not entries or held_bytes < MESSAGE_BYTES):
-            tag, outcome, byte_count = self._outbox.popleft()
+        size = held_bytes = 0
+        while self._outbox:
+            tag, outcome, byte_count = self._outbox[0]
+            size += _size(outcome)
+            if entries and size > self._message_bytes:  # one by itself fits the limit: checks.py sees to it
+                break
+            self._outbox.popleft()
             entries.append((tag, outcome))
             held_bytes += byte_count
-        if held_bytes <= JOIN_IN_THREAD_BYTES:
+        if size <= JOIN_IN_THREAD_BYTES:
             message = codec.encode_stream_response(entries)
         else:
             loop = asyncio.get_running_loop()
@@ -131,6 +141,11 @@ class StreamSession:
         self._inside_requests -= len(entries)
         self._inside_bytes -= held_bytes
         self._has_room.set()
+
+
+def _size(outcome: Sequence[codec.Buffer] | status_pb2.Status) -> int:
+    """Return the bytes that an answer takes in a message; 32 are more than its tag and lengths take."""
+    return 32 + (outcome.ByteSize() if isinstance(outcome, status_pb2.Status) else sum(map(len, outcome)))
 
 
 def _deadline(now: float, timeout_ns: int, stream_deadline: float | None) -> float | None:
