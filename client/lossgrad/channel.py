@@ -128,6 +128,12 @@ class ChannelSettings:
             ("grpc.http2.max_frame_size", 16_777_215),
             # Bounds an attempt to connect, which gRPC lets take 20 s.
             ("grpc.min_reconnect_backoff_ms", 5_000),
+            # A failed connection is tried again after this; gRPC's 1 s would outlast the retries of a call, and its 2 min
+            # the restart of a server.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 5_000),
+            # New pods have new addresses; gRPC asks for them at most every 30 s.
+            ("grpc.dns_min_time_between_resolutions_ms", 5_000),
             # Channels of one process share sockets by target. After a fork the child's would share the parent's.
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.service_config", json.dumps(self.service_config)),

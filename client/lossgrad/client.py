@@ -92,14 +92,29 @@ class LossClient(LossMethods[LossResult]):
         self._set_up(settings, None)
 
     @classmethod
-    def from_channel(cls, channel: Channel, **settings: Any) -> Self:
-        """Return a client over a channel of the caller's own, which `close` closes too.
+    def from_channel(
+        cls,
+        channel: Channel,
+        *,
+        target: str = "the channel's target",
+        timeout: float | None = None,
+        retries: int | None = None,
+        max_message_bytes: int | None = None,
+    ) -> Self:
+        """Return a client over a channel of the caller's own, with interceptors perhaps; `close` closes it too.
 
-        `settings` are those of ChannelSettings that do not concern connecting: `timeout`, `retries`, `max_message_bytes`,
-        and `target`, which errors name.
+        `target` is what errors call the server. `retries` are those of streams; unary calls have the channel's.
         """
+        calls = ("LOSSGRAD_TIMEOUT", "LOSSGRAD_RETRIES", "LOSSGRAD_MAX_MESSAGE_BYTES")
         client = cls.__new__(cls)
-        client._set_up(ChannelSettings.resolve(**settings), channel)
+        settings = ChannelSettings.resolve(
+            target,
+            timeout=timeout,
+            retries=retries,
+            max_message_bytes=max_message_bytes,
+            environment={name: os.environ[name] for name in calls if name in os.environ},
+        )
+        client._set_up(settings, channel)
         return client
 
     def _set_up(self, settings: ChannelSettings, channel: Channel | None) -> None:

@@ -25,7 +25,12 @@ def embedded(*, timeout: float | None = None, **server_settings: Any) -> Iterato
     server = EmbeddedServer(**server_settings)
     server.start()
     try:
-        with LossClient.from_channel(server.channel(), target="localhost", timeout=timeout) as client:
+        with LossClient.from_channel(
+            server.channel(),
+            target="the embedded server",
+            timeout=timeout,
+            max_message_bytes=server_settings.get("max_message_bytes"),
+        ) as client:
             yield client
     finally:
         server.stop()

@@ -19,18 +19,24 @@ class TorchFamily:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._is_cpu = device.type == "cpu"
 
     def tensor(self, wire: WireTensor) -> Any:
         """Return a tensor of an answer as a torch tensor on the device."""
         check_length(wire)
-        tensor = torch.empty(wire.shape, dtype=_DTYPES[wire.data_type])
-        if wire.data:
-            tensor.view(-1).view(torch.uint8).numpy().data[:] = wire.data
-        return tensor.to(self._device)
+        dtype = _DTYPES[wire.data_type]
+        if not wire.data:
+            return torch.empty(wire.shape, dtype=dtype, device=self._device)
+        # The bytearray is the one copy, and the tensor's own memory.
+        tensor = torch.frombuffer(bytearray(wire.data), dtype=dtype).view(wire.shape)
+        return tensor if self._is_cpu else tensor.to(self._device)
 
     def scalar(self, value: float, data_type: int) -> Any:
         """Return a scalar loss as a 0-d torch tensor on the device."""
-        return torch.tensor(value, dtype=torch.float64).to(_DTYPES[data_type]).to(self._device)
+        return torch.tensor(value, dtype=_DTYPES[data_type], device=self._device)
+
+
+_CPU: Final = TorchFamily(torch.device("cpu"))
 
 
 def read_tensor(tensor: torch.Tensor, name: str) -> Operand:
@@ -41,13 +47,20 @@ def read_tensor(tensor: torch.Tensor, name: str) -> Operand:
         raise refuse(name, str(tensor.dtype).removeprefix("torch."), advice)
     if tensor.layout is not torch.strided:
         raise _refuse_tensor(name, f"layout {tensor.layout}", "send tensor.to_dense()")
-    if tensor.device.type == "meta":
+    device = tensor.device
+    if device.type == "meta":
         raise _refuse_tensor(name, "device meta, so no elements", "send a tensor that has them")
     shape = tuple(tensor.shape)
-    family = TorchFamily(tensor.device)
+    family = _CPU if device.type == "cpu" else TorchFamily(device)
     if not tensor.numel():
         return Operand(WireTensor(number, shape, b""), family)
-    elements = tensor.detach().cpu().resolve_neg().contiguous()
+    elements = tensor.detach() if tensor.requires_grad else tensor
+    if family is not _CPU:
+        elements = elements.cpu()
+    if elements.is_neg():
+        elements = elements.resolve_neg()
+    if not elements.is_contiguous():
+        elements = elements.contiguous()
     if number == BFLOAT16:
         elements = elements.view(torch.int16)  # NumPy has no bfloat16
     return Operand(WireTensor(number, shape, elements.numpy().data.cast("B")), family)
