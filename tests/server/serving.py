@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 
+from lossgrad_api.codec import SERVICE
 from lossgrad_server import app, engine
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.config import ServerConfig
@@ -81,7 +82,7 @@ class RunningServer:
 
     def __init__(self, *, worker: HeldWorker | None = None, **settings: Any) -> None:
         self.config = ServerConfig(**{"port": 0, "metrics_port": 0, "device": "cpu", **settings})
-        self._worker = worker
+        self.worker = worker
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server of a test", daemon=True)
         self.server: app.Server  # set by `start`
@@ -97,13 +98,17 @@ class RunningServer:
 
     def stop(self) -> None:
         """Stop it at once."""
-        if self._worker is not None:
-            self._worker.release()
-            self._worker.release_warm_up()
+        if self.worker is not None:
+            self.worker.release()
+            self.worker.release_warm_up()
         if self._loop.is_closed():
             return
         self._started.result(PATIENCE_SECONDS)
         self.run(self.server.stop())
+        self.end()
+
+    def end(self) -> None:
+        """End the event loop and its thread."""
         self.run(self._loop.shutdown_default_executor())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -114,10 +119,10 @@ class RunningServer:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE_SECONDS)
 
     async def _create(self) -> None:
-        if self._worker is None:
+        if self.worker is None:
             self.server = app.Server(self.config)
             return
-        with mock.patch.object(engine, "create_worker", return_value=self._worker):
+        with mock.patch.object(engine, "create_worker", return_value=self.worker):
             self.server = app.Server(self.config)
 
     @property
@@ -161,3 +166,14 @@ def eventually(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.001)
+
+
+def handled(running: RunningServer, method: str, code: str) -> float | None:
+    """Return how many calls of a method have ended with a code."""
+    labels = {
+        "grpc_type": "unary" if method == "ComputeLoss" else "bidi_stream",
+        "grpc_service": SERVICE,
+        "grpc_method": method,
+        "grpc_code": code,
+    }
+    return running.metrics.registry.get_sample_value("grpc_server_handled_total", labels)

@@ -190,7 +190,6 @@ def as_request_error(exception: Exception, method: str) -> RequestError:
 
 
 async def _abort(context: Context, error: RequestError) -> None:
-    for key_value in pushback(error):
-        context.set_trailing_metadata((key_value,))
     status = rpc_status.to_status(to_status(error, error.request_id))  # type: ignore[no-untyped-call]
-    await context.abort_with_status(status)
+    # Not abort_with_status, whose trailers would replace all that were set before.
+    await context.abort(status.code, status.details, (*status.trailing_metadata, *pushback(error)))

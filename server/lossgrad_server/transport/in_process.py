@@ -20,7 +20,7 @@ import grpc
 from google.rpc import status_pb2
 
 from lossgrad_server.errors import Code, InternalError, Reason, RequestError
-from lossgrad_server.transport.call import Method
+from lossgrad_server.transport.call import Method, UnaryHandler
 from lossgrad_server.transport.status import pushback, to_status
 
 logger = logging.getLogger(__name__)
@@ -81,8 +81,8 @@ class InProcessChannel:
             if method is None or method.unary is None:
                 raise _unknown(path)
             data = request_serializer(request) if request_serializer else request
-            handler = method.unary(data, InProcessCall(path, timeout, metadata))
-            reply = self._wait(_answer(handler), path, timeout)
+            handler = _answer(method.unary, data, InProcessCall(path, timeout, metadata))
+            reply = self._wait(handler, path, timeout)
             return response_deserializer(reply) if response_deserializer else reply
 
         return call
@@ -219,12 +219,11 @@ class InProcessStream:
             return False
 
 
-async def _answer(handler: Any) -> bytes:
+async def _answer(handler: UnaryHandler, request: bytes, call: InProcessCall) -> bytes:
     try:
-        reply: bytes = await handler
+        return await handler(request, call)
     except Exception as exception:
         raise _as_rpc_error(exception) from exception
-    return reply
 
 
 def _as_rpc_error(exception: Exception) -> InProcessError:
