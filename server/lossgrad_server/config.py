@@ -99,9 +99,9 @@ class ServerConfig:
         most=DAY_SECONDS,
     )
     drain_delay_seconds: float = _setting(
-        0.0,
-        "After SIGTERM, keep serving this long while health says NOT_SERVING, so that balancers notice first. 0, because "
-        "it helps only behind one; 5 in Kubernetes.",
+        0.5,
+        "After SIGTERM, keep serving this long while health says NOT_SERVING, so that clients and balancers go elsewhere "
+        "first. With 0, a call that comes in the moment of closing can be cut off; Kubernetes wants 5.",
         least=0,
         most=DAY_SECONDS,
     )
