@@ -12,7 +12,9 @@ from tests.server.serving import RunningServer, StartServer
 
 # No deadlines: the machines that tests run on are busy. Every run the same examples, so that a failure is found again.
 settings.register_profile("lossgrad", deadline=None, derandomize=True, max_examples=50, print_blob=True)
-settings.register_profile("thorough", deadline=None, max_examples=2000, print_blob=True)  # --hypothesis-profile=thorough
+settings.register_profile(
+    "thorough", deadline=None, max_examples=2000, print_blob=True
+)  # --hypothesis-profile=thorough
 settings.load_profile("lossgrad")
 
 
