@@ -12,7 +12,7 @@ from lossgrad_server.batching.forming import Batch, BatchLimits
 from lossgrad_server.batching.job import Computed, Job
 from lossgrad_server.errors import RequestError
 from lossgrad_server.jobs import DataType, JobPlan, LossKind, Reduction, SpecPlan, TensorPlan
-from lossgrad_server.work import BatchResult, WorkFailure, WorkItem, WorkResult
+from lossgrad_server.work import BatchResult, DeviceWorker, Done, WorkFailure, WorkItem, WorkResult
 
 PATIENCE_SECONDS = 30.0  # only a failing test waits so long
 PLENTY = 1 << 40
@@ -89,6 +89,20 @@ class FakeWorker:
         if self.warm_up_error is not None:
             raise self.warm_up_error
 
+    @property
+    def slots(self) -> int:
+        return 1
+
+    @property
+    def is_lost(self) -> bool:
+        return False
+
+    def is_large(self, plan: JobPlan) -> bool:
+        return False
+
+    def submit(self, items: Sequence[WorkItem]) -> Done:
+        return Done(self.run(items))
+
     def run(self, items: Sequence[WorkItem]) -> BatchResult:
         self.threads.add(threading.current_thread())
         names = [item.header.decode() for item in items]
@@ -114,7 +128,7 @@ class Observed:
 
 
 def batcher(
-    worker: FakeWorker,
+    worker: DeviceWorker,
     *,
     requests: int = 256,
     elements: int = PLENTY,
@@ -123,6 +137,7 @@ def batcher(
     admitted_bytes: int = PLENTY,
     observer: Observed | None = None,
     post: Callable[[Callable[[], None]], None] = lambda callback: callback(),
+    on_lost: Callable[[], None] = lambda: None,
 ) -> Batcher:
     """Return a batcher, not started, that hands outcomes back in the worker's thread."""
     return Batcher(
@@ -131,4 +146,5 @@ def batcher(
         admission_limits=AdmissionLimits(admitted_requests, admitted_bytes),
         post=post,
         observer=observer or Observed(),
+        on_lost=on_lost,
     )

@@ -12,15 +12,13 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 from unittest import mock
 
-import torch
-
 from lossgrad_api.codec import SERVICE
 from lossgrad_server import app, engine
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.config import ServerConfig
-from lossgrad_server.engine.torch_worker import TorchWorker
+from lossgrad_server.jobs import JobPlan
 from lossgrad_server.metrics import Metrics
-from lossgrad_server.work import BatchResult, DeviceWorker, WorkItem
+from lossgrad_server.work import BatchResult, DeviceWorker, Done, WorkItem
 
 PATIENCE_SECONDS = 30.0  # how long what must happen may take; only a failing test waits so long
 
@@ -31,7 +29,7 @@ class HeldWorker:
     """A worker that computes when it is let to. The test holds and releases it, and sees every batch begin."""
 
     def __init__(self, inner: DeviceWorker | None = None) -> None:
-        self._inner = inner or TorchWorker(torch.device("cpu"), threads=1)
+        self._inner = inner or engine.create_worker("cpu", 1)
         self._may_run = threading.Event()
         self._may_run.set()
         self._may_warm_up = threading.Event()
@@ -65,13 +63,27 @@ class HeldWorker:
         assert self._may_warm_up.wait(PATIENCE_SECONDS)
         self._inner.warm_up()
 
+    @property
+    def slots(self) -> int:
+        return 1
+
+    @property
+    def is_lost(self) -> bool:
+        return False
+
+    def is_large(self, plan: JobPlan) -> bool:
+        return False
+
+    def submit(self, items: Sequence[WorkItem]) -> Done:
+        return Done(self.run(items))
+
     def run(self, items: Sequence[WorkItem]) -> BatchResult:
         self.batch_count += 1
         self._begun.put(len(items))
         assert self._may_run.wait(PATIENCE_SECONDS)
         if self.failure is not None:
             raise self.failure
-        return self._inner.run(items)
+        return self._inner.submit(items).result()
 
     def close(self) -> None:
         self._inner.close()

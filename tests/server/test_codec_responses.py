@@ -142,6 +142,35 @@ def test_a_stream_answer_in_any_legal_form_reads_as_the_generated_class_reads_it
             assert comparable(answer) == comparable(view_of(tagged.response))
 
 
+def alike_results() -> st.SearchStrategy[bytes]:
+    """Give results of which many have equal lengths, and headers or numbers that differ in a byte or two."""
+
+    def build(
+        types: tuple[int, int], extents: tuple[int, int], counts: tuple[int, int], data: bytes, scalar: float | None
+    ) -> bytes:
+        def tensor(number: int, data_type: int, extent: int) -> bytes:
+            shape = wire.delimited(2, extent.to_bytes(8, "little"))
+            return wire.delimited(number, bytes((8, data_type)) + shape + wire.delimited(3, data))
+
+        loss = tensor(2, *types) if scalar is None else wire.key(1, 1) + struct.pack("<d", scalar)
+        weight = wire.key(4, 1) + struct.pack("<d", float(counts[0]))
+        numbers = bytes((3 << 3, counts[0])) + weight + bytes((5 << 3, counts[1]))
+        return loss + numbers + tensor(6, types[0], extents[0]) + tensor(7, types[1], extents[1])
+
+    small = st.integers(1, 3)
+    pair = st.tuples(small, small)
+    data = st.sampled_from([b"", b"1234", b"\x1a\x02\x08\x01", b"\x08\x01\x12\x00"])
+    return st.builds(build, pair, pair, pair, data, st.none() | wire.DOUBLE)
+
+
+@given(st.lists(alike_results() | wire.result_bytes, max_size=10))
+def test_what_was_read_before_changes_nothing(results: list[bytes]) -> None:
+    for data in [wire.delimited(2, result) for result in results] * 2:
+        assert comparable(codec.decode_compute_response(data)) == comparable(
+            view_of(pb.ComputeLossResponse.FromString(data))
+        )
+
+
 def test_what_is_read_are_views_into_the_received_bytes() -> None:
     tensor = tensor_pb2.Tensor(data_type=tensor_pb2.DATA_TYPE_FLOAT32, shape=[2], data=b"12345678")
     result = pb.LossResult(tensor=tensor, target_gradient=tensor, input_gradient=tensor)

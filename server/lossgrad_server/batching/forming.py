@@ -66,6 +66,21 @@ def form_batch(waiting: deque[Job], limits: BatchLimits) -> Batch:
     return batch
 
 
+def take_alone(waiting: deque[Job]) -> Batch:
+    """Take one job from the left of `waiting` as a batch of its own. Expired and cancelled ones are dropped."""
+    batch = Batch(closed_by=ClosedBy.ALONE)
+    while waiting and not batch.jobs:
+        job = waiting.popleft()
+        if (error := _reason_to_drop(job, time.monotonic())) is not None:
+            batch.dropped.append((job, error))
+        else:
+            job.picked_ns = time.perf_counter_ns()
+            batch.jobs.append(job)
+            batch.element_count = job.plan.element_count
+            batch.byte_count = job.byte_count
+    return batch
+
+
 def _cap_reached(limits: BatchLimits, requests: int, elements: int, size: int) -> ClosedBy | None:
     if requests >= limits.requests:
         return ClosedBy.MAX_REQUESTS

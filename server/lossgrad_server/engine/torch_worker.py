@@ -22,6 +22,7 @@ from lossgrad_server.jobs import DataType, JobPlan, LossKind, Reduction, SpecPla
 from lossgrad_server.work import (
     SPEC_RESULT,
     BatchResult,
+    Done,
     FailureKind,
     WorkFailure,
     WorkItem,
@@ -62,6 +63,24 @@ class TorchWorker:
             if failures:
                 raise RuntimeError(f"device {self.device} failed its first computation: {failures[0]}")
         logger.info("Computing with %s", describe(self._device))
+
+    @property
+    def slots(self) -> int:
+        """One batch at a time."""
+        return 1
+
+    @property
+    def is_lost(self) -> bool:
+        """It does not watch the device."""
+        return False
+
+    def is_large(self, plan: JobPlan) -> bool:
+        """Nothing is computed in pieces."""
+        return False
+
+    def submit(self, items: Sequence[WorkItem]) -> Done:
+        """Compute the items at once."""
+        return Done(self.run(items))
 
     def run(self, items: Sequence[WorkItem]) -> BatchResult:
         """Compute the items, one after another. An item that fails, fails alone, as a WorkFailure."""

@@ -59,9 +59,8 @@ class PendingRequest:
         if not isinstance(outcome, RequestError):
             try:
                 answer = self._encode(job, outcome)
-            except (
-                Exception
-            ):  # a bug of ours, such as a worker's outputs that are not the plan's; the caller still waits
+            except Exception:
+                # A bug of ours, such as a worker's outputs that are not the plan's. The caller must learn of it.
                 logger.exception("Making an answer failed")
                 outcome = InternalError()
         if isinstance(outcome, RequestError):
