@@ -1,0 +1,136 @@
+"""The memory that the CPU worker keeps between batches, and its calls into machine code."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from lossgrad_server.engine.cpu_kernel import Call, Kernel
+from lossgrad_server.engine.cpu_layout import SCRATCH_BYTES, Program, Walk
+from lossgrad_server.work import SPEC_RESULT, Buffer
+
+_CACHE_LINE: Final = 64
+_ALL_WALKS: Final = -1
+_RESULT_BYTES: Final = SPEC_RESULT.size
+
+
+class OperandMismatch(ValueError):
+    """The operands of one of the jobs, by its index, are not the bytes that its program says."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"the operands of item {index} are not contiguous bytes of the lengths that its plan says")
+        self.index = index
+
+
+class Memory:
+    """A block of memory at a fixed address, on a cache line. Grows, and then forgets what it held."""
+
+    def __init__(self, byte_count: int) -> None:
+        self._allocate(byte_count)
+
+    def _allocate(self, byte_count: int) -> None:
+        self._array = np.empty(byte_count + _CACHE_LINE, np.uint8)
+        self.byte_count = byte_count
+        self.address = -(-self._array.ctypes.data // _CACHE_LINE) * _CACHE_LINE
+
+    def grow(self, byte_count: int) -> None:
+        """Have at least so many bytes."""
+        if byte_count > self.byte_count:
+            self._allocate(2 * byte_count)
+
+
+def output_memory(byte_count: int) -> memoryview:
+    """Return fresh memory for answers, which leaves with them."""
+    return memoryview(np.empty(byte_count, np.uint8))
+
+
+class Arena:
+    """The scratch memory of each thread, and the state, addresses and results of the batch that is being computed."""
+
+    def __init__(self, kernel: Kernel, threads: int) -> None:
+        self._kernel = kernel
+        self._scratch = [Memory(SCRATCH_BYTES) for _ in range(threads)]
+        self._state = Memory(1 << 16)
+        self._addresses = Memory(1 << 13)
+        self._results = Memory(1 << 13)
+        self._spare: list[Memory] = []
+        self._call = Call(
+            state=self._state.address,
+            results=self._results.address,
+            scratch=self._scratch[0].address,
+            loops=kernel.loops.ctypes.data,
+            walk=_ALL_WALKS,
+        )
+        self._call_address = ctypes.addressof(self._call)
+
+    @property
+    def threads(self) -> int:
+        """How many threads may compute at a time."""
+        return len(self._scratch)
+
+    def compute(self, programs: Sequence[Program], buffers: list[Buffer], *, holding_gil: bool) -> bytes:
+        """Compute jobs from first to last. Returns their SPEC_RESULT records.
+
+        `buffers` are the jobs' operands and, last, the memory for their outputs. OperandMismatch before anything is
+        computed if a job's operands are not what its program says.
+        """
+        call = self._call
+        result_bytes = _RESULT_BYTES * sum([program.spec_count for program in programs])
+        self._state.grow(max([program.state_bytes for program in programs]))
+        self._addresses.grow(8 * len(buffers))
+        self._results.grow(result_bytes)
+        call.state = self._state.address
+        call.results = self._results.address
+        code = programs[0].code if len(programs) == 1 else b"".join([program.code for program in programs])
+        failed = self._kernel.gather(
+            self._call_address, code, buffers, self._addresses.address, len(programs), holding_gil
+        )
+        if failed:
+            raise OperandMismatch(failed - 1)
+        if not holding_gil:
+            self._kernel.compute_without_gil(self._call_address)
+        return ctypes.string_at(self._results.address, result_bytes)
+
+    def open_job(self, program: Program, buffers: list[Buffer]) -> OpenJob:
+        """Prepare to compute one job walk by walk. `buffers` as for `compute`, and it raises the same."""
+        state = self._spare.pop() if self._spare else Memory(program.state_bytes)
+        state.grow(program.state_bytes)
+        return OpenJob(self._kernel, self._scratch, state, program, buffers)
+
+    def close_job(self, job: OpenJob) -> None:
+        """Keep the job's memory for the next."""
+        self._spare.append(job.state)
+
+
+class OpenJob:
+    """One job that is computed walk by walk, with memory of its own for all that must outlive other jobs in between."""
+
+    def __init__(
+        self, kernel: Kernel, scratch: list[Memory], state: Memory, program: Program, buffers: list[Buffer]
+    ) -> None:
+        self.state = state
+        self._kernel = kernel
+        self._scratch = scratch
+        self._result_bytes = _RESULT_BYTES * program.spec_count
+        self._results = Memory(self._result_bytes)
+        self._addresses = Memory(8 * len(buffers))
+        # The kernels know addresses only.
+        self._held = (program.code, buffers)
+        self._call = Call(state=state.address, results=self._results.address, loops=kernel.loops.ctypes.data)
+        if kernel.gather(ctypes.addressof(self._call), program.code, buffers, self._addresses.address, 1, False):
+            raise OperandMismatch(0)
+
+    def walk(self, which: Walk, begin: int, end: int, thread: int) -> None:
+        """Do units of a walk, without the GIL. `thread` says whose scratch memory to use."""
+        call = Call.from_buffer_copy(self._call)
+        call.scratch = self._scratch[thread].address
+        call.walk, call.begin, call.end = which, begin, end
+        self._kernel.compute_without_gil(ctypes.addressof(call))
+
+    @property
+    def scalars(self) -> bytes:
+        """The job's SPEC_RESULT records, once all walks are done."""
+        return ctypes.string_at(self._results.address, self._result_bytes)

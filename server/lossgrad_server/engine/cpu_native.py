@@ -1,0 +1,145 @@
+"""Functions compiled to machine code: `inlined` into others, or `native`, compiled by themselves and called by address.
+
+numba compiles what a function calls together with it, anew at every level, so one nest of calls takes minutes. A
+`native` function is compiled alone and once; others find it by its symbol. Its arguments are int64 and float64 only:
+numbers and addresses. `load` compiles all of them, or reads them from the cache, in the order in which they were
+written down. The rules of numerics: no fast-math, and IEEE 754's results for divisions by zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import llvmlite.binding
+from numba import cfunc, njit, types
+from numba.core import config
+from numba.core.sigutils import normalize_signature
+
+logger = logging.getLogger(__name__)
+
+_NUMERICS: Final = {"error_model": "numpy", "fastmath": False}
+
+# A function that is compiled into those that call it.
+inlined: Final = njit(**_NUMERICS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+_functions: list[tuple[str, Any, Callable[..., Any]]] = []
+_addresses: dict[str, int] = {}
+# What was compiled lives as long as its objects.
+_compiled: list[Any] = []
+_loading: Final = threading.Lock()
+
+
+def native(signature: Any, name: str | None = None) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function callable from compiled code by its symbol, once `load` was called."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        symbol = f"lossgrad_{name or function.__name__}"
+        arguments, result = normalize_signature(signature)
+        typed = result(*arguments)
+        _functions.append((symbol, typed, function))
+        return types.ExternalFunction(symbol, typed)
+
+    return register
+
+
+def address_of(function: Any) -> int:
+    """Return the address of a native function's machine code. `load` must have been called."""
+    return _addresses[function.symbol]
+
+
+def load() -> None:
+    """Compile all native functions, or read them from the cache. Once compiled, this takes a few tenths of a second."""
+    with _loading:
+        if len(_addresses) == len(_functions):
+            return
+        before = config.CACHE_LOCATOR_CLASSES
+        config.CACHE_LOCATOR_CLASSES = f"{__name__}.CacheDirectory"
+        try:
+            for symbol, signature, function in _functions[len(_addresses) :]:
+                entry = _compile(signature, function)
+                _compiled.append(entry)
+                _addresses[symbol] = entry.address
+                llvmlite.binding.add_symbol(symbol, entry.address)
+        finally:
+            config.CACHE_LOCATOR_CLASSES = before
+
+
+def _compile(signature: Any, function: Callable[..., Any]) -> Any:
+    try:
+        return cfunc(signature, cache=True, **_NUMERICS)(function)
+    except (RuntimeError, OSError) as error:
+        _warn_about_cache(str(error))
+        return cfunc(signature, **_NUMERICS)(function)
+
+
+@cache
+def _warn_about_cache(reason: str) -> None:
+    logger.warning("The CPU kernels are compiled anew at every start: %s. Set NUMBA_CACHE_DIR to a directory", reason)
+
+
+@cache
+def source_digest() -> str:
+    """Return a digest of all the kernels' sources."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("cpu_*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class CacheDirectory:
+    """Where numba caches the native functions: its interface for that (NUMBA_CACHE_LOCATOR_CLASSES).
+
+    Unlike numba's own, it notices a change in any of the kernels' files, and reads from a directory that it may not
+    write to, such as one that is part of a container's image. Directories, the first that is there and usable:
+    NUMBA_CACHE_DIR, the package's own __pycache__, the user's cache.
+    """
+
+    def __init__(self, function: Callable[..., Any], directory: Path) -> None:
+        self._line = function.__code__.co_firstlineno
+        self._directory = directory
+
+    @classmethod
+    def from_function(cls, function: Callable[..., Any], _path: str) -> CacheDirectory | None:
+        """Return the function's place in the cache, None where there is no usable directory."""
+        directory = _cache_directory()
+        return None if directory is None else cls(function, directory)
+
+    def get_cache_path(self) -> str:
+        """Return the directory."""
+        return str(self._directory)
+
+    def get_source_stamp(self) -> str:
+        """Return what must be the same for a cached function to be used."""
+        return source_digest()
+
+    def get_disambiguator(self) -> str:
+        """Return what tells functions of one name apart."""
+        return str(self._line)
+
+    def ensure_cache_path(self) -> None:
+        """Fail where the directory cannot be written to."""
+        tempfile.TemporaryFile(dir=self._directory).close()
+
+
+@cache
+def _cache_directory() -> Path | None:
+    chosen = [Path(config.CACHE_DIR) / "lossgrad"] if config.CACHE_DIR else []
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for directory in (*chosen, Path(__file__).parent / "__pycache__", user / "lossgrad"):
+        if any(directory.glob("cpu_*.nbi")) and os.access(directory, os.R_OK | os.X_OK):
+            return directory
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError:
+            continue
+        return directory
+    return None
