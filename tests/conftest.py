@@ -8,6 +8,7 @@ import grpc
 import pytest
 from hypothesis import settings
 
+from lossgrad_server.engine.cpu_kernel import load_kernel
 from tests.server.serving import RunningServer, StartServer
 
 # No deadlines: the machines that tests run on are busy. Every run the same examples, so that a failure is found again.
@@ -16,6 +17,12 @@ settings.register_profile(
     "thorough", deadline=None, max_examples=2000, print_blob=True
 )  # --hypothesis-profile=thorough
 settings.load_profile("lossgrad")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the CPU kernels into their cache, once, before any worker process or server of a test wants them."""
+    if not hasattr(config, "workerinput"):
+        load_kernel()
 
 
 @pytest.fixture(scope="session")

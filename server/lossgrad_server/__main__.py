@@ -11,7 +11,7 @@ from lossgrad_server.config import ConfigError, from_command_line
 
 
 def main() -> int:
-    """Serve until told to stop. Returns 0 after a drain, 2 where a setting cannot be used."""
+    """Serve until told to stop. Returns 0 after a drain, 2 where a setting cannot be used, 3 after the device was lost."""
     try:
         config = from_command_line(sys.argv[1:])
         logging.basicConfig(
@@ -19,9 +19,13 @@ def main() -> int:
         )
         keep_large_blocks()  # before torch and gRPC start threads, each of which would get an arena of its own
         # Only now, so that --help and a bad flag do not wait seconds for torch.
-        from lossgrad_server.app import run
+        from lossgrad_server.app import DeviceLost, run
 
-        asyncio.run(run(config))
+        try:
+            asyncio.run(run(config))
+        except DeviceLost as error:
+            print(f"lossgrad-server: {error}", file=sys.stderr)  # noqa: T201
+            return 3
     except ConfigError as error:
         print(f"lossgrad-server: {error}", file=sys.stderr)  # noqa: T201
         return 2

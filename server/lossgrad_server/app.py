@@ -41,12 +41,17 @@ _WORKER_STOP_SECONDS: Final = 10.0
 _IDLE_SECONDS: Final = 5.0
 
 
+class DeviceLost(Exception):
+    """The device failed in a way that only a new process can recover from."""
+
+
 class Core:
     """What every server has, whatever transport is on top: the worker, the batcher, the metrics, the handlers."""
 
     def __init__(self, config: ServerConfig, loop: asyncio.AbstractEventLoop) -> None:
+        self.device_lost = asyncio.Event()
         try:
-            worker = engine.create_worker(config.device, config.threads or None)
+            worker = engine.create_worker(config.device, config.threads or None, config.engine)
         except ValueError as error:
             raise ConfigError(f"--device is {config.device!r}: {error}") from None
         determinism = engine.determinism(worker)
@@ -68,6 +73,7 @@ class Core:
             admission_limits=AdmissionLimits(config.max_queued_requests, config.max_queued_bytes),
             post=_poster(loop),
             observer=self.metrics,
+            on_lost=self.device_lost.set,
         )
         self.metrics.watch(self.batcher)
         self.pipeline = RequestPipeline(self.batcher, self.metrics, config.max_message_bytes)
@@ -120,6 +126,11 @@ class Server:
     def device(self) -> str:
         """The device that it computes on."""
         return self._core.device
+
+    @property
+    def device_lost(self) -> asyncio.Event:
+        """Set when the device has failed for good: stop this process, and start another."""
+        return self._core.device_lost
 
     async def start(self) -> None:
         """Bind the ports, warm up, and begin to serve. Raises ConfigError where a port cannot be had."""
@@ -202,7 +213,10 @@ class Server:
 
 
 async def run(config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. A second signal stops at once."""
+    """Serve until SIGTERM or SIGINT, then drain. A second signal stops at once.
+
+    Raises DeviceLost where the device fails for good, after callers were told to go elsewhere.
+    """
     server = Server(config)
     signalled: asyncio.Queue[str] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -211,7 +225,16 @@ async def run(config: ServerConfig) -> None:
     await server.start()
     # For people and scripts that start a server on port 0: the one line on standard output.
     print(f"lossgrad-server ready on {server.grpc_address}, metrics {server.metrics_address}", flush=True)  # noqa: T201
-    logger.info("%s received", await signalled.get())
+    first = asyncio.ensure_future(signalled.get())
+    lost = asyncio.ensure_future(server.device_lost.wait())
+    await asyncio.wait((first, lost), return_when=asyncio.FIRST_COMPLETED)
+    if lost.done():
+        first.cancel()
+        logger.critical("Device %s is lost; stopping, so that a new process can take it", server.device)
+        await server.drain()
+        raise DeviceLost(f"device {server.device} failed; this process cannot use it any more")
+    lost.cancel()
+    logger.info("%s received", first.result())
     drain = asyncio.ensure_future(server.drain())
     again = asyncio.ensure_future(signalled.get())
     await asyncio.wait((drain, again), return_when=asyncio.FIRST_COMPLETED)

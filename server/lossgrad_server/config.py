@@ -48,6 +48,11 @@ class ServerConfig:
         most=65535,
     )
     device: str = _setting("auto", "Where to compute: cpu, cuda:N, or auto, which takes the first GPU if there is one.")
+    engine: str = _setting(
+        "fused",
+        "What computes: fused, kernels of our own that read every operand once; or plain, torch's own operations, slower, "
+        "for where the kernels do not run.",
+    )
     threads: int = _setting(
         0,
         "Threads that compute on the CPU; 0 takes every core that this process may use. Results do not depend on it.",
@@ -121,6 +126,8 @@ class ServerConfig:
             if (least is not None and not value >= least) or (most is not None and not value <= most):
                 allowed = f"at least {least}" if most is None else f"{least} to {most}"
                 raise ConfigError(f"{flag(setting.name)} is {value}; it must be {allowed}")
+        if self.engine not in ("fused", "plain"):
+            raise ConfigError(f"--engine is {self.engine!r}; it must be fused or plain")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"--log-level is {self.log_level!r}; it must be debug, info, warning or error")
 

@@ -19,6 +19,7 @@ SPECIAL: dict[str, tuple[str, Any]] = {
     "port": ("0", 0),
     "metrics_port": ("-1", -1),
     "threads": ("3", 3),
+    "engine": ("plain", "plain"),
     "log_level": ("debug", "debug"),
 }
 
@@ -89,6 +90,7 @@ BAD = [
     (["--drain-delay-seconds", "inf"], {}, "--drain-delay-seconds is inf; it must be 0 to 86400"),
     (["--max-connection-age-seconds", "inf"], {}, "--max-connection-age-seconds is inf; it must be 0 to 86400"),
     (["--drain-delay-seconds", "soon"], {}, "--drain-delay-seconds is 'soon'; it must be a number"),
+    (["--engine", "fast"], {}, "--engine is 'fast'; it must be fused or plain"),
     (["--log-level", "loud"], {}, "--log-level is 'loud'; it must be debug, info, warning or error"),
     (["--reflection", "maybe"], {}, "--reflection is 'maybe'; it must be true or false"),
     ([], {"LOSSGRAD_PORT": "x"}, "LOSSGRAD_PORT is 'x'; it must be a whole number"),

@@ -15,7 +15,17 @@ from typing import Any, Final
 import numpy as np
 
 from lossgrad_server.engine.cpu_formulas import factors
-from lossgrad_server.jobs import MAX_RANK, MAX_SPECS, DataType, JobPlan, Reduction, Role, SpecPlan, TensorPlan, unpack_header
+from lossgrad_server.jobs import (
+    MAX_RANK,
+    MAX_SPECS,
+    DataType,
+    JobPlan,
+    Reduction,
+    Role,
+    SpecPlan,
+    TensorPlan,
+    unpack_header,
+)
 
 # Every reduction is cut into chunks of this many elements; each becomes one float64 partial sum.
 CHUNK: Final = 4096
@@ -24,7 +34,6 @@ LANES: Final = 64
 # The elements that are computed at a time, so that what is between the steps stays in the nearest cache.
 ROWS_PER_BLOCK: Final = 4
 BLOCK: Final = LANES * ROWS_PER_BLOCK
-
 
 
 class Loop(IntEnum):
@@ -159,7 +168,9 @@ SUM: Final = np.dtype(
     ]
 )
 # Where a job's memory lies: addresses. `operands` is the address of an array of addresses.
-FRAME: Final = np.dtype([(name, _word) for name in ("program", "operands", "outputs", "results", "state", "scratch", "loops")])
+FRAME: Final = np.dtype(
+    [(name, _word) for name in ("program", "operands", "outputs", "results", "state", "scratch", "loops")]
+)
 
 # Outputs start on cache lines.
 OUTPUT_ALIGNMENT: Final = 64

@@ -11,7 +11,6 @@ from lossgrad_server.engine.cpu_floats import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
-    FLOAT64,
     bfloat16_value,
     float16_value,
     load_float32,
@@ -19,7 +18,6 @@ from lossgrad_server.engine.cpu_floats import (
 )
 from lossgrad_server.engine.cpu_intrinsics import array_at
 from lossgrad_server.engine.cpu_layout import (
-    BLOCK,
     INPUT,
     LAYOUT,
     MASK,
@@ -81,8 +79,6 @@ def load_operand(address: int, operand: int, start: int, count: int, as_float32:
         _load_run(as_float32, data_type, first + offset * size, stride, run, destination + filled * item)
         filled += run
     return 0
-
-
 
 
 @native("int64(int64, int64, int64)")

@@ -21,6 +21,8 @@ from typing import Any, Final
 import llvmlite.binding
 from numba import cfunc, njit, types
 from numba.core import config
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ def load() -> None:
         config.CACHE_LOCATOR_CLASSES = f"{__name__}.CacheDirectory"
         try:
             for symbol, signature, function in _functions[len(_addresses) :]:
-                entry = _compile(signature, function)
+                entry = _compile(symbol, signature, function)
                 _compiled.append(entry)
                 _addresses[symbol] = entry.address
                 llvmlite.binding.add_symbol(symbol, entry.address)
@@ -72,12 +74,31 @@ def load() -> None:
             config.CACHE_LOCATOR_CLASSES = before
 
 
-def _compile(signature: Any, function: Callable[..., Any]) -> Any:
+def _compile(symbol: str, signature: Any, function: Callable[..., Any]) -> Any:
     try:
-        return cfunc(signature, cache=True, **_NUMERICS)(function)
+        compiled = CFunc(function, normalize_signature(signature), locals={}, options=_NUMERICS)
+        compiled._cache = _SymbolCache(function, symbol)
+        compiled.compile()
+        return compiled
     except (RuntimeError, OSError) as error:
         _warn_about_cache(str(error))
         return cfunc(signature, **_NUMERICS)(function)
+
+
+class _SymbolCache(FunctionCache):
+    """numba's cache of a function, by the function's symbol.
+
+    numba's own key holds what a function closes over, and a closed-over compiled function is another one in every
+    process: such functions were compiled anew at every start. A symbol is enough, because the sources' digest stamps
+    the cache.
+    """
+
+    def __init__(self, function: Callable[..., Any], symbol: str) -> None:
+        super().__init__(function)
+        self._symbol = symbol
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return sig, codegen.magic_tuple(), self._symbol
 
 
 @cache

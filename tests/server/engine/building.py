@@ -76,7 +76,7 @@ def job(
 
 def run(worker: DeviceWorker, one: Job) -> WorkResult:
     """Return a single job's result; fail if it has none."""
-    (outcome,) = worker.run([one.item]).outcomes
+    (outcome,) = worker.submit([one.item]).result().outcomes
     assert isinstance(outcome, WorkResult), outcome
     return outcome
 

@@ -1,4 +1,4 @@
-"""The compiled CPU engine, held against hand arithmetic, the reference and torch: the same tests that the plain one passes."""
+"""The compiled CPU engine, held against hand arithmetic, the reference and torch: the plain one's tests."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_a_device_that_is_not_there_is_refused_with_what_is(
 
 
 def test_what_the_engine_says_of_itself() -> None:
-    worker = engine.create_worker("cpu", None)
+    worker = engine.create_worker("cpu", None, "plain")
     assert worker.device == "cpu"
     assert engine.torch_version() == torch.__version__
     assert torch.__version__ in engine.determinism(worker)
@@ -69,7 +69,15 @@ def test_what_the_engine_says_of_itself() -> None:
     assert devices.available_bytes(torch.device("cpu")) > 1 << 20
 
 
-def test_a_worker_warms_up_and_closes() -> None:
-    worker = engine.create_worker("cpu", None)
+def test_the_engines_differ_and_say_so() -> None:
+    fused, plain = (engine.create_worker("cpu", 1, kind) for kind in ("fused", "plain"))
+    assert type(fused) is not type(plain)
+    assert engine.determinism(fused) != engine.determinism(plain)
+    assert engine.determinism(fused) == engine.determinism(engine.create_worker("cpu", 2))
+
+
+@pytest.mark.parametrize("kind", ["fused", "plain"])
+def test_a_worker_warms_up_and_closes(kind: str) -> None:
+    worker = engine.create_worker("cpu", None, kind)
     worker.warm_up()
     worker.close()

@@ -44,7 +44,7 @@ def test_company_changes_no_bits(worker: DeviceWorker) -> None:
     random = np.random.default_rng(21)
     for _ in range(20):
         chosen = random.integers(0, len(jobs), size=random.integers(1, 12))
-        outcomes = worker.run([jobs[index].item for index in chosen]).outcomes
+        outcomes = worker.submit([jobs[index].item for index in chosen]).result().outcomes
         for index, outcome in zip(chosen, outcomes, strict=True):
             assert isinstance(outcome, WorkResult)
             assert result_bytes(outcome) == alone[index]
@@ -98,7 +98,7 @@ def test_operands_may_lie_anywhere_and_are_not_written_to(
     for offset in range(1, 9):
         received = [b"\x5a" * offset + operand + b"\xa5" * 3 for operand in one.operands]
         views = tuple(memoryview(data)[offset:-3] for data in received)
-        (outcome,) = worker.run([WorkItem(one.plan.header, views)]).outcomes
+        (outcome,) = worker.submit([WorkItem(one.plan.header, views)]).result().outcomes
         assert isinstance(outcome, WorkResult)
         assert result_bytes(outcome) == expected
         assert received == [b"\x5a" * offset + operand + b"\xa5" * 3 for operand in one.operands]
@@ -147,7 +147,7 @@ def test_a_failing_item_fails_alone(
 
     monkeypatch.setattr(torch_worker, "Computation", Failing)
     with caplog.at_level(logging.WARNING):
-        first, failed, last = worker.run([good.item, bad.item, good.item]).outcomes
+        first, failed, last = worker.submit([good.item, bad.item, good.item]).result().outcomes
     for outcome in (first, last):
         assert isinstance(outcome, WorkResult)
         assert result_bytes(outcome) == expected
@@ -178,7 +178,7 @@ def test_a_failing_item_fails_alone(
 )
 def test_a_garbled_item_fails_alone(worker: DeviceWorker, item: WorkItem) -> None:
     good = job(spec(), [3.0], [0.0])
-    failed, outcome = worker.run([item, good.item]).outcomes
+    failed, outcome = worker.submit([item, good.item]).result().outcomes
     assert isinstance(failed, WorkFailure)
     assert failed.kind == FailureKind.INTERNAL
     assert isinstance(outcome, WorkResult)
@@ -188,14 +188,14 @@ def test_memory_that_the_cpu_does_not_have_is_said_with_both_numbers(worker: Dev
     # 2^44 float64 elements once broadcast: as much as the whole address space, so never only promised.
     side = 1 << 22
     huge = job(spec(), np.zeros((side, 1)), np.zeros((1, side)), DataType.FLOAT64)
-    (failed,) = worker.run([huge.item]).outcomes
+    (failed,) = worker.submit([huge.item]).result().outcomes
     assert isinstance(failed, WorkFailure)
     assert failed.kind == FailureKind.OUT_OF_MEMORY
     assert int(failed.message.split("about ")[1].split()[0]) > 1 << 47
 
 
 def test_the_times_add_up_to_the_call(worker: DeviceWorker) -> None:
-    result = worker.run([job(spec(), np.ones(10_000), np.zeros(10_000)).item] * 3)
+    result = worker.submit([job(spec(), np.ones(10_000), np.zeros(10_000)).item] * 3).result()
     assert result.pack_ns > 0
     assert result.compute_ns > 0
     assert result.unpack_ns > 0
@@ -203,7 +203,7 @@ def test_the_times_add_up_to_the_call(worker: DeviceWorker) -> None:
 
 
 def test_an_empty_batch_is_no_error(worker: DeviceWorker) -> None:
-    assert worker.run([]).outcomes == []
+    assert worker.submit([]).result().outcomes == []
 
 
 def test_a_worker_that_cannot_compute_does_not_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

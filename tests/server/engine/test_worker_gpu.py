@@ -46,7 +46,7 @@ def test_company_and_pieces_change_no_bits_on_a_gpu(cuda_worker: DeviceWorker) -
     jobs = mixed_jobs()
     alone = [result_bytes(run(cuda_worker, one)) for one in jobs]
     for outcomes in (
-        cuda_worker.run([one.item for one in jobs]).outcomes,
+        cuda_worker.submit([one.item for one in jobs]).result().outcomes,
         TorchWorker(torch.device("cuda:0"), piece_elements=4096).run([one.item for one in jobs]).outcomes,
     ):
         for outcome, expected in zip(outcomes, alone, strict=True):
@@ -58,7 +58,7 @@ def test_a_request_too_large_for_a_gpu_fails_alone(cuda_worker: DeviceWorker) ->
     side = 1 << 20
     huge: Job = job(spec(), np.zeros((side, 1)), np.zeros((1, side)))
     good = job(spec(LossKind.L1), [3.0], [0.0])
-    failed, outcome = cuda_worker.run([huge.item, good.item]).outcomes
+    failed, outcome = cuda_worker.submit([huge.item, good.item]).result().outcomes
     assert isinstance(failed, WorkFailure)
     assert failed.kind == FailureKind.OUT_OF_MEMORY
     assert isinstance(outcome, WorkResult)
