@@ -15,12 +15,11 @@ from numba import float64
 
 from lossgrad_server.engine.cpu_intrinsics import LOOP_SIGNATURE, array_at, call_loop, fused_multiply_add
 from lossgrad_server.engine.cpu_layout import (
-    BLOCK,
     FLOAT32_GRADIENT,
     FLOAT64_GRADIENT,
     LANES,
     NO_GRADIENT,
-    ROWS_PER_BLOCK,
+    ROWS,
     SCRATCH_WEIGHT,
     SPEC,
     Loop,
@@ -69,9 +68,9 @@ def _float32_loop(name: str, is_pair: bool, gradient: int, writes_loss: bool, is
         sums = array_at(lanes, LANES, np.float64)
         row = 0
         while row * LANES < count:
-            # ROWS_PER_BLOCK rows of LANES at once keep their sum in a register; what is left goes row by row.
-            whole = count - row * LANES >= BLOCK
-            width = BLOCK if whole else min(LANES, count - row * LANES)
+            # ROWS rows of LANES at once keep their sum in a register; what is left goes row by row.
+            whole = count - row * LANES >= ROWS * LANES
+            width = ROWS * LANES if whole else min(LANES, count - row * LANES)
             arrays = (
                 array_at(first + row * source_bytes, width, source_type),
                 array_at(second + row * source_bytes, width, source_type),
@@ -86,7 +85,7 @@ def _float32_loop(name: str, is_pair: bool, gradient: int, writes_loss: bool, is
                     total = add(total, j + LANES, arrays, limit, factor)
                     total = add(total, j + 2 * LANES, arrays, limit, factor)
                     sums[j] = add(total, j + 3 * LANES, arrays, limit, factor)
-                row += ROWS_PER_BLOCK
+                row += ROWS
             else:
                 for j in range(width):
                     sums[j] = add(sums[j], j, arrays, limit, factor)

@@ -18,9 +18,12 @@ from lossgrad_server.engine.cpu_layout import (
     BLOCK,
     INPUT,
     LANES,
+    RUNNING_WORDS,
     SCRATCH_DIFFERENCE,
     SCRATCH_GRADIENT,
     SCRATCH_LOSS,
+    SCRATCH_RUNS,
+    SCRATCH_RUNS_LOST,
     SCRATCH_SCALE,
     SCRATCH_SPARE,
     SCRATCH_WEIGHT,
@@ -28,10 +31,22 @@ from lossgrad_server.engine.cpu_layout import (
     SPEC_FACTOR,
     SUM,
 )
+from lossgrad_server.engine.cpu_load import load_block
 from lossgrad_server.engine.cpu_native import inlined, native
-from lossgrad_server.engine.cpu_passes import load_block, store
+from lossgrad_server.engine.cpu_passes import store
 from lossgrad_server.engine.cpu_special import recompute_block
-from lossgrad_server.engine.cpu_sums import add_compensated, clear, compensated, fold, fold_compensated, two_sum
+from lossgrad_server.engine.cpu_sums import (
+    add_compensated,
+    add_each,
+    add_sums,
+    clear,
+    clear_all,
+    compensated,
+    fold,
+    fold_compensated,
+    fold_rows,
+    fold_runs,
+)
 from lossgrad_server.engine.cpu_tables import (
     frame_at,
     job_of,
@@ -40,7 +55,6 @@ from lossgrad_server.engine.cpu_tables import (
     spec_address,
     spec_of,
     spec_state,
-    state_of,
 )
 
 
@@ -50,14 +64,10 @@ def _summed_output(spec: Any, operand: Any) -> Any:
 
 
 @inlined
-def _running_offset(job: Any, index: Any) -> Any:
-    return job.running_sums + 2 * BLOCK * index
-
-
-@inlined
 def _running(frame: Any, job: Any, index: Any) -> Any:
-    """Return the running sums of a spec, and behind them what those lost."""
-    return state_of(frame, _running_offset(job, index), 2 * BLOCK)
+    """Return the addresses of a spec's running sums and what they lost, and of the step's sums and what those lost."""
+    first = frame.state + 8 * (job.running_sums + RUNNING_WORDS * index)
+    return first, first + 8 * BLOCK, first + 16 * BLOCK, first + 24 * BLOCK
 
 
 @inlined
@@ -95,25 +105,30 @@ def compute_gradients(address: int, index: int, count: int, is_finite: int) -> i
     return 0
 
 
-@native("int64(int64, int64, int64, int64, int64, int64)")
-def add_rows(address: int, operand: int, start: int, length: int, rows: int, width: int) -> int:
-    """Add `rows` rows of `width` elements, each `length` after the last, element by element."""
+@native("int64(int64, int64, int64, int64, int64, int64, int64)")
+def add_rows(address: int, operand: int, start: int, length: int, rows: int, width: int, together: int) -> int:
+    """Add `rows` rows of `width` elements, each `length` after the last, element by element.
+
+    `together` rows are added to as many rows of lanes, side by side; more than one only where they are contiguous.
+    """
     frame = frame_at(address)
     job = job_of(frame)
-    gradients = array_at(frame.scratch + SCRATCH_GRADIENT, BLOCK, np.float64)
-    together = BLOCK // length if width == length else 1
+    used = min(rows, together)
+    for index in range(job.spec_count):
+        _, _, lanes, lost = _running(frame, job, index)
+        clear_all(lanes, lost, used * width)
     for row in range(0, rows, together):
-        row_count = min(together, rows - row)
-        count = row_count * width
+        count = min(together, rows - row) * width
         is_finite = load_block(address, job.divides_rows, start + row * length, count)
         for index in range(job.spec_count):
             if _summed_output(spec_of(frame, index), operand) >= 0:
                 compute_gradients(address, index, count, is_finite)
-                running = _running(frame, job, index)
-                for own in range(row_count):
-                    for k in range(width):
-                        running[k], error = two_sum(running[k], gradients[own * width + k])
-                        running[BLOCK + k] += error
+                _, _, lanes, lost = _running(frame, job, index)
+                add_each(lanes, lost, frame.scratch + SCRATCH_GRADIENT, count)
+    for index in range(job.spec_count):
+        running, running_lost, lanes, lost = _running(frame, job, index)
+        fold_rows(lanes, lost, used, width)
+        add_sums(running, running_lost, lanes, lost, width)
     return 0
 
 
@@ -122,42 +137,34 @@ def add_columns(address: int, operand: int, start: int, length: int, rows: int, 
     """Add up `width` runs of `rows` elements, each run `length` after the last, to one element each."""
     frame = frame_at(address)
     job = job_of(frame)
-    if length > LANES:
-        for k in range(width):
-            for index in range(job.spec_count):
-                clear(lanes_of(frame, index), lost_of(frame, index), rows)
-            for row in range(0, rows, BLOCK):
-                count = min(BLOCK, rows - row)
-                is_finite = load_block(address, job.divides_rows, start + k * length + row, count)
-                for index in range(job.spec_count):
-                    if _summed_output(spec_of(frame, index), operand) >= 0:
-                        compute_gradients(address, index, count, is_finite)
-                        values = frame.scratch + SCRATCH_GRADIENT
-                        add_compensated(values, count, lanes_of(frame, index), lost_of(frame, index))
-            for index in range(job.spec_count):
-                _add_run(frame, job, index, k, rows)
-        return 0
-    together = BLOCK // length
+    gradients = frame.scratch + SCRATCH_GRADIENT
+    sums, lost = frame.scratch + SCRATCH_RUNS, frame.scratch + SCRATCH_RUNS_LOST
+    together = BLOCK // length if length <= LANES else 1
     for first in range(0, width, together):
         run_count = min(together, width - first)
-        is_finite = load_block(address, job.divides_rows, start + first * length, run_count * length)
-        for index in range(job.spec_count):
-            if _summed_output(spec_of(frame, index), operand) >= 0:
-                compute_gradients(address, index, run_count * length, is_finite)
-                for k in range(run_count):
-                    clear(lanes_of(frame, index), lost_of(frame, index), length)
-                    values = frame.scratch + SCRATCH_GRADIENT + 8 * k * length
-                    add_compensated(values, length, lanes_of(frame, index), lost_of(frame, index))
-                    _add_run(frame, job, index, first + k, length)
+        if length > LANES:
+            for index in range(job.spec_count):
+                clear(lanes_of(frame, index), lost_of(frame, index), rows)
+        for row in range(0, rows, BLOCK):
+            count = run_count * min(BLOCK, rows - row)
+            is_finite = load_block(address, job.divides_rows, start + first * length + row, count)
+            for index in range(job.spec_count):
+                if _summed_output(spec_of(frame, index), operand) >= 0:
+                    compute_gradients(address, index, count, is_finite)
+                    if length > LANES:
+                        add_compensated(gradients, count, lanes_of(frame, index), lost_of(frame, index))
+                    else:
+                        fold_runs(gradients, run_count, length, sums, lost)
+                        running, running_lost, _, _ = _running(frame, job, index)
+                        add_sums(running + 8 * first, running_lost + 8 * first, sums, lost, run_count)
+        if length > LANES:
+            for index in range(job.spec_count):
+                total = array_at(sums, 1, np.float64)
+                array_at(lost, 1, np.float64)[0] = 0.0
+                total[0] = fold_compensated(lanes_of(frame, index), lost_of(frame, index), rows)
+                running, running_lost, _, _ = _running(frame, job, index)
+                add_sums(running + 8 * first, running_lost + 8 * first, sums, lost, 1)
     return 0
-
-
-@inlined
-def _add_run(frame: Any, job: Any, index: Any, k: Any, length: Any) -> None:
-    running = _running(frame, job, index)
-    total = fold_compensated(lanes_of(frame, index), lost_of(frame, index), length)
-    running[k], error = two_sum(running[k], total)
-    running[BLOCK + k] += error
 
 
 @native("int64(int64, int64, int64, int64)")
@@ -182,19 +189,22 @@ def sum_gradient(address: int, operand: int, begin: int, end: int) -> int:
         start += _offset(outer_reduced, record.reduced_rank, record.reduced_shape, record.reduced_strides)
         for index in range(job.spec_count):
             if within == 0:
-                _running(frame, job, index)[: 2 * BLOCK] = 0.0
+                running, running_lost, _, _ = _running(frame, job, index)
+                clear_all(running, running_lost, width)
         if record.kept_is_inner:
-            add_rows(address, operand, start + row * record.kept + first, record.kept, rows, width)
+            step_start = start + row * record.kept + first
+            add_rows(address, operand, step_start, record.kept, rows, width, record.rows)
         else:
             add_columns(address, operand, start + first * record.reduced + row, record.reduced, rows, width)
         if within == group - 1:
             for index in range(job.spec_count):
                 output = _summed_output(spec_of(frame, index), operand)
                 if output >= 0:
-                    running = _running(frame, job, index)
-                    running_at = frame.state + 8 * _running_offset(job, index)
+                    running, running_lost, _, _ = _running(frame, job, index)
+                    totals = array_at(running, width, np.float64)
+                    errors = array_at(running_lost, width, np.float64)
                     for k in range(width):
-                        total = compensated(running[k], running[BLOCK + k])
-                        running[k] = np.nan if np.isnan(total) else total
-                    store(frame, job, output, outer * record.kept + first, width, 1.0 - 2.0 * operand, running_at)
+                        total = compensated(totals[k], errors[k])
+                        totals[k] = np.nan if np.isnan(total) else total
+                    store(frame, job, output, outer * record.kept + first, width, 1.0 - 2.0 * operand, running)
     return 0

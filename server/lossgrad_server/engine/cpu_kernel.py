@@ -101,6 +101,7 @@ def compute(call: int) -> int:
     if which >= 0:
         return do_walk(call, which, words[_BEGIN], words[_END])
     frame = frame_at(call)
+    program, operands, outputs, results = words[_PROGRAM], words[_OPERANDS], words[_OUTPUTS], words[_RESULTS]
     for _ in range(words[_JOB_COUNT]):
         job = job_of(frame)
         for one in range(_WALK_COUNT):
@@ -111,6 +112,7 @@ def compute(call: int) -> int:
         words[_OPERANDS] += 8 * job.operand_count
         words[_OUTPUTS] += job.output_bytes
         words[_RESULTS] += _RESULT_BYTES * job.spec_count
+    words[_PROGRAM], words[_OPERANDS], words[_OUTPUTS], words[_RESULTS] = program, operands, outputs, results
     return 0
 
 

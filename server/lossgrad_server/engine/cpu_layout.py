@@ -15,25 +15,17 @@ from typing import Any, Final
 import numpy as np
 
 from lossgrad_server.engine.cpu_formulas import factors
-from lossgrad_server.jobs import (
-    MAX_RANK,
-    MAX_SPECS,
-    DataType,
-    JobPlan,
-    Reduction,
-    Role,
-    SpecPlan,
-    TensorPlan,
-    unpack_header,
-)
+from lossgrad_server.jobs import MAX_RANK, MAX_SPECS, DataType, JobPlan, Reduction, Role, SpecPlan, TensorPlan, unpack_header
+from lossgrad_server.work import SPEC_RESULT
 
 # Every reduction is cut into chunks of this many elements; each becomes one float64 partial sum.
 CHUNK: Final = 4096
 # Element i of a chunk is added to lane i % LANES; at the chunk's end the lanes are folded in half until one is left.
 LANES: Final = 64
-# The elements that are computed at a time, so that what is between the steps stays in the nearest cache.
-ROWS_PER_BLOCK: Final = 4
-BLOCK: Final = LANES * ROWS_PER_BLOCK
+# How many rows of LANES elements a loop takes at once.
+ROWS: Final = 4
+# The elements that are brought at a time, so that what is between the steps stays in the nearest cache.
+BLOCK: Final = 512
 
 
 class Loop(IntEnum):
@@ -88,6 +80,7 @@ JOB: Final = np.dtype(
         ("output_bytes", _word),
         ("layout_offset", _word),  # from the program's start, 0 where nothing is broadcast
         ("types", _word, (4,)),  # of the operands, 0 where there is none
+        ("is_broadcast", _word, (4,)),
         ("operand_bytes", _word, (4,)),  # in the order in which they come
         ("row_count", _word),  # the samples of per-sample reductions, and their length; 0 without such reductions
         ("row_length", _word),
@@ -151,9 +144,11 @@ SUM: Final = np.dtype(
         ("kept_is_inner", _word),
         ("kept", _word),
         ("reduced", _word),
-        # How many of each make up one step: about a chunk of elements.
+        # How many of each make up one step: about a chunk of elements. Where `kept` is the inner, `rows` of the other are
+        # added side by side.
         ("kept_per_step", _word),
         ("reduced_per_step", _word),
+        ("rows", _word),
         ("kept_rank", _word),
         ("kept_shape", _word, (MAX_RANK,)),
         ("kept_strides", _word, (MAX_RANK,)),
@@ -175,14 +170,28 @@ FRAME: Final = np.dtype(
 # Outputs start on cache lines.
 OUTPUT_ALIGNMENT: Final = 64
 
-# Scratch memory, one for each thread: offsets in bytes. A block of float64 each, and the mask's bytes.
+# Scratch memory, one for each thread: offsets in bytes. First blocks of float64. Written ones start elsewhere within
+# 512 bytes, a row of lanes, than those read at the same time: a load from where a store 4 KiB away is still under way
+# waits for it (measured: a block takes up to 4 times as long).
 _BLOCK_BYTES: Final = 8 * BLOCK
-SCRATCH_INPUT, SCRATCH_TARGET, SCRATCH_DIFFERENCE, SCRATCH_WEIGHT, SCRATCH_SCALE, SCRATCH_GRADIENT, SCRATCH_LOSS = (
-    index * _BLOCK_BYTES for index in range(7)
-)
-SCRATCH_MASK: Final = 7 * _BLOCK_BYTES
+SCRATCH_DIFFERENCE: Final = 0
+SCRATCH_WEIGHT: Final = _BLOCK_BYTES + 64
+SCRATCH_SCALE: Final = 2 * _BLOCK_BYTES + 128
+SCRATCH_GRADIENT: Final = 3 * _BLOCK_BYTES + 320
+SCRATCH_LOSS: Final = 4 * _BLOCK_BYTES + 384
+SCRATCH_INPUT: Final = 5 * _BLOCK_BYTES + 512 + 192
+SCRATCH_TARGET: Final = 6 * _BLOCK_BYTES + 512 + 256
+# A block's mask, a byte for each element, 0 or 1.
+SCRATCH_MASK: Final = 7 * _BLOCK_BYTES + 1024
+# Where the elements of a broadcast operand lie, and the elements themselves as they came.
+SCRATCH_OFFSETS: Final = SCRATCH_MASK + BLOCK
+SCRATCH_GATHERED: Final = SCRATCH_OFFSETS + _BLOCK_BYTES
+SCRATCH_INDICES: Final = SCRATCH_GATHERED + _BLOCK_BYTES
+# Sums of short runs (cpu_sums.fold_runs), and what they lost.
+SCRATCH_RUNS: Final = SCRATCH_INDICES + 8 * MAX_RANK
+SCRATCH_RUNS_LOST: Final = SCRATCH_RUNS + _BLOCK_BYTES
 # The sums' lanes, and what they lost, for each spec.
-SCRATCH_LANES: Final = SCRATCH_MASK + _BLOCK_BYTES
+SCRATCH_LANES: Final = SCRATCH_RUNS_LOST + _BLOCK_BYTES
 SCRATCH_LOST: Final = SCRATCH_LANES + MAX_SPECS * 8 * LANES
 # Three numbers that recompute_block returns.
 SCRATCH_SPECIAL: Final = SCRATCH_LOST + MAX_SPECS * 8 * LANES
@@ -195,6 +204,8 @@ SCRATCH_BYTES: Final = SCRATCH_SPARE + 2 * 8 * LANES
 STATE_COUNT, STATE_WEIGHT_SUM = range(2)
 STATE_SPECS: Final = 2
 SPEC_FACTOR, SPEC_EDGE, SPEC_DIVISOR, SPEC_STATE_WORDS = range(4)
+# The running sums of a spec's broadcast gradient, what they lost, and the same of the step that is being added.
+RUNNING_WORDS: Final = 4 * BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +215,8 @@ class Program:
     code: bytes
     spec_count: int
     operand_count: int
+    # Its SPEC_RESULT records'.
+    result_bytes: int
     # Where each output begins and ends in the memory that holds them all, and that memory's length, in bytes.
     output_spans: tuple[tuple[int, int], ...]
     output_bytes: int
@@ -249,6 +262,7 @@ def program_of(header: bytes) -> Program:
         code=job.tobytes() + tables,
         spec_count=len(plan.specs),
         operand_count=len(plan.operands),
+        result_bytes=SPEC_RESULT.size * len(plan.specs),
         output_spans=tuple(spans),
         output_bytes=offset,
         element_count=plan.element_count,
@@ -269,6 +283,7 @@ def _job(plan: JobPlan) -> Any:
     job["operand_count"] = len(plan.operands)
     job["output_count"] = len(plan.outputs)
     job["types"] = [0 if operand is None else operand.data_type for operand in _operands(plan)]
+    job["is_broadcast"] = [operand is not None and _is_broadcast(plan, operand) for operand in _operands(plan)]
     for place, operand in enumerate(plan.operands):
         job["operand_bytes"][place] = operand.byte_count
     if any(per_sample):
@@ -307,7 +322,7 @@ def _set_units(job: Any, plan: JobPlan, sums: dict[int, Any]) -> None:
     job["row_planes"] = job["flat_planes"] + flat * (2 + 2 * len(plan.specs))
     job["row_divisors"] = job["row_planes"] + rows * (1 + 2 * len(plan.specs))
     job["running_sums"] = job["row_divisors"] + (row_count if job["divides_rows"] else 0)
-    job["state_words"] = job["running_sums"] + (2 * BLOCK * len(plan.specs) if sums else 0)
+    job["state_words"] = job["running_sums"] + (RUNNING_WORDS * len(plan.specs) if sums else 0)
 
 
 def _specs(plan: JobPlan) -> Any:
@@ -437,12 +452,14 @@ def _sum(plan: JobPlan, operand: TensorPlan) -> Any:
         record["kept" if own else "reduced"] = extent
     kept, reduced = int(record["kept"]), int(record["reduced"])
     if record["kept_is_inner"]:
-        kept_per_step = min(kept, BLOCK)
-        reduced_per_step = CHUNK // kept_per_step
+        kept_per_step = max(1, min(kept, BLOCK))
+        rows = 1 << ((BLOCK // kept_per_step).bit_length() - 1)
+        reduced_per_step = CHUNK // kept_per_step // rows * rows
+        record["rows"] = rows
     else:
-        reduced_per_step = min(reduced, CHUNK)
-        kept_per_step = min(BLOCK, CHUNK // max(reduced_per_step, 1)) if reduced <= CHUNK else 1
-    record["kept_per_step"], record["reduced_per_step"] = kept_per_step, max(reduced_per_step, 1)
+        reduced_per_step = max(1, min(reduced, CHUNK))
+        kept_per_step = min(BLOCK, CHUNK // reduced_per_step)
+    record["kept_per_step"], record["reduced_per_step"] = kept_per_step, reduced_per_step
     for name, is_kept in (("kept", True), ("reduced", False)):
         outer = [(extent, result) for extent, (own, result) in dimensions if (own != 0) == is_kept]
         record[f"{name}_rank"] = len(outer)

@@ -10,19 +10,16 @@ import numpy as np
 
 from lossgrad_server.engine.cpu_kernel import Call, Kernel
 from lossgrad_server.engine.cpu_layout import SCRATCH_BYTES, Program, Walk
-from lossgrad_server.work import SPEC_RESULT, Buffer
+from lossgrad_server.work import Buffer
 
 _CACHE_LINE: Final = 64
 _ALL_WALKS: Final = -1
-_RESULT_BYTES: Final = SPEC_RESULT.size
+# Below this, memory that is filled with zeros costs less than numpy's.
+_BYTEARRAY_BYTES: Final = 1 << 13
 
 
 class OperandMismatch(ValueError):
-    """The operands of one of the jobs, by its index, are not the bytes that its program says."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__(f"the operands of item {index} are not contiguous bytes of the lengths that its plan says")
-        self.index = index
+    """A job's operands are not what its program says: contiguous buffers, so many, of such lengths."""
 
 
 class Memory:
@@ -44,7 +41,7 @@ class Memory:
 
 def output_memory(byte_count: int) -> memoryview:
     """Return fresh memory for answers, which leaves with them."""
-    return memoryview(np.empty(byte_count, np.uint8))
+    return memoryview(bytearray(byte_count) if byte_count <= _BYTEARRAY_BYTES else np.empty(byte_count, np.uint8))
 
 
 class Arena:
@@ -52,6 +49,7 @@ class Arena:
 
     def __init__(self, kernel: Kernel, threads: int) -> None:
         self._kernel = kernel
+        self._gather = kernel.gather
         self._scratch = [Memory(SCRATCH_BYTES) for _ in range(threads)]
         self._state = Memory(1 << 16)
         self._addresses = Memory(1 << 13)
@@ -77,22 +75,31 @@ class Arena:
         `buffers` are the jobs' operands and, last, the memory for their outputs. OperandMismatch before anything is
         computed if a job's operands are not what its program says.
         """
-        call = self._call
-        result_bytes = _RESULT_BYTES * sum([program.spec_count for program in programs])
-        self._state.grow(max([program.state_bytes for program in programs]))
-        self._addresses.grow(8 * len(buffers))
-        self._results.grow(result_bytes)
-        call.state = self._state.address
-        call.results = self._results.address
-        code = programs[0].code if len(programs) == 1 else b"".join([program.code for program in programs])
-        failed = self._kernel.gather(
-            self._call_address, code, buffers, self._addresses.address, len(programs), holding_gil
-        )
+        first = programs[0]
+        code, result_bytes, state_bytes = first.code, first.result_bytes, first.state_bytes
+        if len(programs) > 1:
+            code = b"".join([program.code for program in programs])
+            result_bytes = sum([program.result_bytes for program in programs])
+            state_bytes = max([program.state_bytes for program in programs])
+        if (
+            state_bytes > self._state.byte_count
+            or result_bytes > self._results.byte_count
+            or 8 * len(buffers) > self._addresses.byte_count
+        ):
+            self._grow(state_bytes, result_bytes, 8 * len(buffers))
+        failed = self._gather(self._call_address, code, buffers, self._addresses.address, len(programs), holding_gil)
         if failed:
-            raise OperandMismatch(failed - 1)
+            raise OperandMismatch(f"operands of item {failed - 1}")
         if not holding_gil:
             self._kernel.compute_without_gil(self._call_address)
         return ctypes.string_at(self._results.address, result_bytes)
+
+    def _grow(self, state_bytes: int, result_bytes: int, address_bytes: int) -> None:
+        self._state.grow(state_bytes)
+        self._results.grow(result_bytes)
+        self._addresses.grow(address_bytes)
+        self._call.state = self._state.address
+        self._call.results = self._results.address
 
     def open_job(self, program: Program, buffers: list[Buffer]) -> OpenJob:
         """Prepare to compute one job walk by walk. `buffers` as for `compute`, and it raises the same."""
@@ -114,14 +121,16 @@ class OpenJob:
         self.state = state
         self._kernel = kernel
         self._scratch = scratch
-        self._result_bytes = _RESULT_BYTES * program.spec_count
-        self._results = Memory(self._result_bytes)
+        self._result_bytes = program.result_bytes
+        self._results = Memory(program.result_bytes)
         self._addresses = Memory(8 * len(buffers))
         # The kernels know addresses only.
         self._held = (program.code, buffers)
         self._call = Call(state=state.address, results=self._results.address, loops=kernel.loops.ctypes.data)
-        if kernel.gather(ctypes.addressof(self._call), program.code, buffers, self._addresses.address, 1, False):
-            raise OperandMismatch(0)
+        if len(buffers) != program.operand_count + 1 or kernel.gather(
+            ctypes.addressof(self._call), program.code, buffers, self._addresses.address, 1, False
+        ):
+            raise OperandMismatch
 
     def walk(self, which: Walk, begin: int, end: int, thread: int) -> None:
         """Do units of a walk, without the GIL. `thread` says whose scratch memory to use."""

@@ -18,20 +18,24 @@ from lossgrad_server.engine.cpu_layout import (
     BLOCK,
     CHUNK,
     LANES,
+    MASK,
     SCRATCH_DIFFERENCE,
     SCRATCH_GRADIENT,
     SCRATCH_LOSS,
+    SCRATCH_RUNS,
+    SCRATCH_RUNS_LOST,
     SCRATCH_SCALE,
     SCRATCH_SPECIAL,
     SCRATCH_WEIGHT,
     SPEC_DIVISOR,
     SPEC_EDGE,
     SPEC_FACTOR,
+    WEIGHT,
 )
-from lossgrad_server.engine.cpu_load import divide_scales, load_differences, load_weights
+from lossgrad_server.engine.cpu_load import load_block, load_mask, load_weights
 from lossgrad_server.engine.cpu_native import inlined, native
 from lossgrad_server.engine.cpu_special import recompute_block
-from lossgrad_server.engine.cpu_sums import add_compensated, clear, divided, fold, fold_compensated
+from lossgrad_server.engine.cpu_sums import add_compensated, clear, compensated, divided, fold, fold_compensated, fold_runs
 from lossgrad_server.engine.cpu_tables import (
     frame_at,
     job_of,
@@ -58,30 +62,51 @@ def unit_span(job: Any, is_rows: Any, unit: Any) -> Any:
     return row * length + column, min(CHUNK, length - column)
 
 
+@native("int64(int64, int64, int64)")
+def weigh_short_rows(address: int, begin: int, end: int) -> int:
+    """Sum the weights of samples of at most LANES elements."""
+    frame = frame_at(address)
+    job = job_of(frame)
+    length = job.row_length
+    together = BLOCK // length
+    first_row = begin * (CHUNK // length)
+    last_row = min(job.row_count, end * (CHUNK // length))
+    sums, lost = frame.scratch + SCRATCH_RUNS, frame.scratch + SCRATCH_RUNS_LOST
+    totals = array_at(sums, BLOCK, np.float64)
+    errors = array_at(lost, BLOCK, np.float64)
+    for row in range(first_row, last_row, together):
+        count = min(together, last_row - row)
+        if job.types[MASK] != 0:
+            load_mask(address, row * length, count * length)
+        load_weights(address, row * length, count * length)
+        fold_runs(frame.scratch + SCRATCH_WEIGHT, count, length, sums, lost)
+        of_rows = state_of(frame, job.row_divisors + row, count)
+        for index in range(count):
+            of_rows[index] = compensated(totals[index], errors[index])
+    return 0
+
+
 @native("int64(int64, int64, int64, int64)")
 def weigh(address: int, is_rows: int, begin: int, end: int) -> int:
     """Sum the weights of units, and count what is not masked."""
     frame = frame_at(address)
     job = job_of(frame)
+    if is_rows and job.row_length <= LANES:
+        weigh_short_rows(address, begin, end)
+        return 0
     weights = frame.scratch + SCRATCH_WEIGHT
     lanes, lost = lanes_of(frame, 0), lost_of(frame, 0)
-    if is_rows and job.row_length <= LANES:
-        together = CHUNK // job.row_length
-        for row in range(begin * together, min(end * together, job.row_count)):
-            load_weights(address, row * job.row_length, job.row_length)
-            clear(lanes, lost, job.row_length)
-            add_compensated(weights, job.row_length, lanes, lost)
-            state_of(frame, job.row_divisors + row, 1)[0] = fold_compensated(lanes, lost, job.row_length)
-        return 0
     for unit in range(begin, end):
         start, length = unit_span(job, is_rows, unit)
         clear(lanes, lost, length)
         unmasked = 0
         for offset in range(0, length, BLOCK):
             count = min(BLOCK, length - offset)
-            unmasked += load_weights(address, start + offset, count)
-            add_compensated(weights, count, lanes, lost)
-        total = fold_compensated(lanes, lost, length)
+            unmasked += load_mask(address, start + offset, count) if job.types[MASK] != 0 else count
+            if job.types[WEIGHT] != 0:
+                load_weights(address, start + offset, count)
+                add_compensated(weights, count, lanes, lost)
+        total = fold_compensated(lanes, lost, length) if job.types[WEIGHT] != 0 else float(unmasked)
         if is_rows:
             state_of(frame, job.row_planes + unit, 1)[0] = total
         else:
@@ -103,21 +128,6 @@ def store(frame: Any, job: Any, index: Any, start: Any, count: Any, sign: Any, v
     """Write float64 values, `sign` times those at an address, as elements of an output."""
     output = output_of(frame, job, index)
     store_run(output.data_type, frame.outputs + output.offset, start, count, sign, values)
-
-
-@native("int64(int64, int64, int64, int64)")
-def load_block(address: int, is_rows: int, start: int, count: int) -> int:
-    """Bring a block's differences, and its weights where the job needs them. Returns 1 if the weights are of use.
-
-    They are not where a sample's own weights make the gradient's weights infinite or NaN.
-    """
-    job = job_of(frame_at(address))
-    load_differences(address, start, count)
-    if job.is_weighted:
-        load_weights(address, start, count)
-        if is_rows and job.divides_rows:
-            return divide_scales(address, start, count)
-    return 1
 
 
 @native("int64(int64, int64, int64, int64)")
@@ -199,24 +209,6 @@ def _load_for_recompute(address: Any, is_rows: Any, start: Any, count: Any) -> N
         load_weights(address, start, count)
 
 
-@native("int64(int64, int64, int64, int64)")
-def finish_short_rows(address: int, index: int, first_row: int, row_count: int) -> int:
-    """Sum and write the samples of a block whose losses are in scratch memory."""
-    frame = frame_at(address)
-    job = job_of(frame)
-    spec = spec_of(frame, index)
-    length = job.row_length
-    lanes, lost = lanes_of(frame, index), lost_of(frame, index)
-    totals = array_at(frame.scratch + SCRATCH_GRADIENT, BLOCK, np.float64)
-    for row in range(row_count):
-        clear(lanes, lost, length)
-        add_compensated(frame.scratch + SCRATCH_LOSS + 8 * row * length, length, lanes, lost)
-        total = fold_lanes(frame, job, index, length)
-        totals[row] = row_loss(frame, job, spec, index, first_row + row, total, 0.0)
-    store(frame, job, spec.loss_output, first_row, row_count, 1.0, frame.scratch + SCRATCH_GRADIENT)
-    return 0
-
-
 @inlined
 def row_loss(frame: Any, job: Any, spec: Any, index: Any, row: Any, total: Any, lost: Any) -> Any:
     """Return a sample's loss from its sum."""
@@ -229,10 +221,37 @@ def row_loss(frame: Any, job: Any, spec: Any, index: Any, row: Any, total: Any, 
 @inlined
 def quotient(total: Any, lost: Any, first: Any, second: Any) -> Any:
     """Return a sum over two divisors, rounded once where the sum is finite. NaN is always the same one."""
-    high, low = divided(total, lost, first)
+    high, low = divided(total, lost if np.isfinite(total) else 0.0, first)
     high, low = divided(high, low, second)
     result = high + low
     return np.nan if np.isnan(result) else result
+
+
+@native("int64(int64, int64, int64, int64)")
+def finish_short_rows(address: int, index: int, first_row: int, row_count: int) -> int:
+    """Sum and write the samples of a block whose losses are in scratch memory."""
+    frame = frame_at(address)
+    job = job_of(frame)
+    spec = spec_of(frame, index)
+    sums, lost = frame.scratch + SCRATCH_RUNS, frame.scratch + SCRATCH_RUNS_LOST
+    fold_runs(frame.scratch + SCRATCH_LOSS, row_count, job.row_length, sums, lost)
+    totals = array_at(sums, row_count, np.float64)
+    errors = array_at(lost, row_count, np.float64)
+    divisor, mean_divisor = spec.divisor, spec_state(frame, index)[SPEC_DIVISOR]
+    if job.is_float64:
+        for row in range(row_count):
+            totals[row] = row_loss(frame, job, spec, index, first_row + row, totals[row], errors[row])
+    elif spec.divides_rows:
+        divisors = state_of(frame, job.row_divisors + first_row, row_count)
+        for row in range(row_count):
+            totals[row] = compensated(totals[row], errors[row]) / divisor / divisors[row]
+    else:
+        for row in range(row_count):
+            totals[row] = compensated(totals[row], errors[row]) / divisor / mean_divisor
+    for row in range(row_count):
+        totals[row] = np.nan if np.isnan(totals[row]) else totals[row]
+    store(frame, job, spec.loss_output, first_row, row_count, 1.0, sums)
+    return 0
 
 
 @native("int64(int64, int64)")

@@ -108,3 +108,80 @@ def add_compensated(values: int, count: int, lanes: int, lost: int) -> int:
             high[j] = total
             low[j] += error
     return 0
+
+
+@native("int64(int64, int64, int64, int64)")
+def fold_rows(sums: int, lost: int, rows: int, width: int) -> int:
+    """Sum `rows` rows of `width` lanes and what they lost: the upper half of the rows to the lower, until one is left."""
+    half = 1
+    while 2 * half < rows:
+        half *= 2
+    while rows > 1:
+        count = (rows - half) * width
+        lower = array_at(sums, count, np.float64)
+        upper = array_at(sums + 8 * half * width, count, np.float64)
+        lower_error = array_at(lost, count, np.float64)
+        upper_error = array_at(lost + 8 * half * width, count, np.float64)
+        for index in range(count):
+            total, error = two_sum(lower[index], upper[index])
+            lower[index] = total
+            lower_error[index] = (lower_error[index] + upper_error[index]) + error
+        rows = half
+        half //= 2
+    return 0
+
+
+@native("int64(int64, int64, int64, int64, int64)")
+def fold_runs(values: int, run_count: int, length: int, sums: int, lost: int) -> int:
+    """Sum runs of `length` values, at most LANES, that lie one behind the other: each as `fold_compensated` would.
+
+    Leaves `run_count` sums and what they lost at `sums` and `lost`, where there is room for all the values.
+    """
+    source = array_at(values, run_count * length, np.float64)
+    total = array_at(sums, run_count * length, np.float64)
+    error = array_at(lost, run_count * length, np.float64)
+    # First the runs' first values, then their second: so one addition adds the same lanes of all runs.
+    for k in range(length):
+        lane = array_at(sums + 8 * k * run_count, run_count, np.float64)
+        for run in range(run_count):
+            lane[run] = source[run * length + k]
+    for index in range(run_count * length):
+        error[index] = 0.0
+    fold_rows(sums, lost, length, run_count)
+    return 0
+
+
+@native("int64(int64, int64, int64, int64, int64)")
+def add_sums(sums: int, lost: int, more: int, more_lost: int, count: int) -> int:
+    """Add sums with what they lost to others. An infinite sum loses nothing."""
+    total = array_at(sums, count, np.float64)
+    error = array_at(lost, count, np.float64)
+    other = array_at(more, count, np.float64)
+    other_error = array_at(more_lost, count, np.float64)
+    for index in range(count):
+        total[index], own = two_sum(total[index], other[index])
+        error[index] += other_error[index] + own
+    return 0
+
+
+@native("int64(int64, int64, int64, int64)")
+def add_each(sums: int, lost: int, values: int, count: int) -> int:
+    """Add values to as many sums, and keep what that loses."""
+    total = array_at(sums, count, np.float64)
+    error = array_at(lost, count, np.float64)
+    own = array_at(values, count, np.float64)
+    for index in range(count):
+        total[index], lost_now = two_sum(total[index], own[index])
+        error[index] += lost_now
+    return 0
+
+
+@native("int64(int64, int64, int64)")
+def clear_all(sums: int, lost: int, count: int) -> int:
+    """Set sums, and what they lost, to 0."""
+    total = array_at(sums, count, np.float64)
+    error = array_at(lost, count, np.float64)
+    for index in range(count):
+        total[index] = 0.0
+        error[index] = 0.0
+    return 0

@@ -17,21 +17,11 @@ from typing import Final
 
 from lossgrad_server.engine.cpu_kernel import load_kernel
 from lossgrad_server.engine.cpu_layout import CHUNK, LANES, Program, program_of
-from lossgrad_server.engine.cpu_memory import Arena, output_memory
+from lossgrad_server.engine.cpu_memory import Arena, OperandMismatch, output_memory
 from lossgrad_server.engine.cpu_pieces import PendingPieces, Pieces
 from lossgrad_server.errors import InternalError
 from lossgrad_server.jobs import JobPlan, unpack_header
-from lossgrad_server.work import (
-    SPEC_RESULT,
-    BatchResult,
-    Buffer,
-    Done,
-    FailureKind,
-    Pending,
-    WorkFailure,
-    WorkItem,
-    WorkResult,
-)
+from lossgrad_server.work import BatchResult, Buffer, Done, FailureKind, Pending, WorkFailure, WorkItem, WorkResult
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +33,6 @@ KERNEL_VERSION: Final = 1
 PIECE_WORK: Final = 1 << 20
 # Batches of less work than this keep the GIL: they take less time than another thread may keep us waiting for it.
 _HOLDING_GIL_WORK: Final = 1 << 15
-
-_RESULT_BYTES: Final = SPEC_RESULT.size
 
 Outcome = WorkResult | WorkFailure
 
@@ -106,29 +94,36 @@ class CpuWorker:
 
     def run(self, items: Sequence[WorkItem]) -> BatchResult:
         """Compute the items. An item that fails, fails alone, as a WorkFailure."""
+        times = [0, 0, 0]
         started = perf_counter_ns()
-        programs: list[Program] = []
-        failures: dict[int, Outcome] = {}
-        large: list[int] = []
-        small: list[int] = []
+        try:
+            programs = [program_of(item.header) for item in items]
+            if any([program.work > self._piece_work for program in programs]):
+                programs.clear()
+        except Exception:
+            programs = []
+        if programs:
+            times[0] = perf_counter_ns() - started
+            return BatchResult(self._run_small(items, programs, times), *times)
+        return self._run_mixed(items)
+
+    def _run_mixed(self, items: Sequence[WorkItem]) -> BatchResult:
+        """Compute items of which some are large, or not as they should be."""
+        times = [0, 0, 0]
+        outcomes: dict[int, Outcome] = {}
+        small: dict[int, Program] = {}
         for index, item in enumerate(items):
             try:
-                program = _program_of(item)
+                program = program_of(item.header)
             except Exception as error:
-                failures[index] = failure(error, None)
+                outcomes[index] = failure(error, None)
                 continue
-            if program.work <= self._piece_work:
-                small.append(index)
-                programs.append(program)
+            if program.work > self._piece_work:
+                outcomes[index] = self._run_large(item, times)
             else:
-                large.append(index)
-        times = [perf_counter_ns() - started, 0, 0]
-        if len(small) == len(items):
-            return BatchResult(self._run_small(items, programs, times), *times)
-        computed = self._run_small([items[index] for index in small], programs, times)
-        outcomes = failures | dict(zip(small, computed, strict=True))
-        for index in large:
-            outcomes[index] = self._run_large(items[index], times)
+                small[index] = program
+        computed = self._run_small([items[index] for index in small], list(small.values()), times)
+        outcomes.update(zip(small, computed, strict=True))
         return BatchResult([outcomes[index] for index in range(len(items))], *times)
 
     def begin(self, item: WorkItem) -> Pieces:
@@ -136,7 +131,7 @@ class CpuWorker:
 
         Other items may be run between two pieces. Raises what is wrong with the item.
         """
-        return Pieces(self._arena, self._pool, _program_of(item), item.operands, self._piece_work)
+        return Pieces(self._arena, self._pool, program_of(item.header), item.operands, self._piece_work)
 
     def _run_large(self, item: WorkItem, times: list[int]) -> Outcome:
         started = perf_counter_ns()
@@ -159,13 +154,19 @@ class CpuWorker:
         if not items:
             return []
         started = perf_counter_ns()
+        output_bytes = work = 0
+        buffers: list[Buffer] = []
         try:
-            memory = output_memory(sum([program.output_bytes for program in programs]))
-            buffers: list[Buffer] = [operand for item in items for operand in item.operands]
+            for item, program in zip(items, programs, strict=True):
+                if len(item.operands) != program.operand_count:
+                    raise OperandMismatch
+                buffers += item.operands
+                output_bytes += program.output_bytes
+                work += program.work
+            memory = output_memory(output_bytes)
             buffers.append(memory)
             packed = perf_counter_ns()
-            holding_gil = sum([program.work for program in programs]) < _HOLDING_GIL_WORK
-            scalars = self._arena.compute(programs, buffers, holding_gil=holding_gil)
+            scalars = self._arena.compute(programs, buffers, holding_gil=work < _HOLDING_GIL_WORK)
         except Exception as error:
             if len(items) == 1:
                 return [failure(error, programs[0])]
@@ -174,22 +175,15 @@ class CpuWorker:
         outcomes: list[Outcome] = []
         first_byte = first_result = 0
         for program in programs:
-            last_result = first_result + _RESULT_BYTES * program.spec_count
-            outputs = [memory[first_byte + begin : first_byte + end] for begin, end in program.output_spans]
-            outcomes.append(WorkResult(scalars[first_result:last_result], tuple(outputs)))
+            last_result = first_result + program.result_bytes
+            outputs = tuple([memory[first_byte + begin : first_byte + end] for begin, end in program.output_spans])
+            outcomes.append(WorkResult(scalars[first_result:last_result], outputs))
             first_result = last_result
             first_byte += program.output_bytes
         times[0] += packed - started
         times[1] += computed - packed
         times[2] += perf_counter_ns() - computed
         return outcomes
-
-
-def _program_of(item: WorkItem) -> Program:
-    program = program_of(item.header)
-    if len(item.operands) != program.operand_count:
-        raise ValueError(f"{len(item.operands)} operands came, the plan has {program.operand_count}")
-    return program
 
 
 def failure(error: Exception, program: Program | None) -> WorkFailure:

@@ -11,10 +11,7 @@ from lossgrad_server.engine import cuda_kernel
 from lossgrad_server.engine.cuda_broadcast import expand_operands, round_outputs
 from lossgrad_server.engine.cuda_fields import BLOCK_LOG2, CHUNK_ELEMENTS
 from lossgrad_server.engine.cuda_layout import Launch, Layout
-from lossgrad_server.engine.cuda_template import Stage
-
-# Triton's decorator keeps a kernel's signature, but its arguments become something else on the way.
-_kernels: Any = cuda_kernel
+from lossgrad_server.engine.cuda_template import Kernel, Stage
 
 # Warps of one program: no result depends on them. With 4, the loss kernel takes 128 registers on sm_90 and spills none.
 _WARPS: Final = 4
@@ -28,28 +25,29 @@ def compute(arena: Tensor, layout: Layout) -> None:
     round_outputs(arena, layout)
 
 
-def _launch(arena: Tensor, launch: Launch) -> None:
-    grid = (launch.tile_count,)
-    tiles = arena[launch.table.start : launch.table.stop].view(torch.int64)
+def specialization(kernel: Kernel) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Return a kernel's function, its compile-time arguments and Triton's options."""
     # Contracted to a multiply-add, a product would not be rounded, and the bits would be the compiler's choice.
     options = {"num_warps": _WARPS, "enable_fp_fusion": False}
-    kernel = launch.kernel
     match kernel.stage:
         case Stage.WEIGHTS:
-            _kernels.weight_kernel[grid](
-                arena, tiles, ROWS=kernel.has_rows, CHUNK=CHUNK_ELEMENTS, LEVELS=BLOCK_LOG2, **options
-            )
+            constants = {"ROWS": kernel.has_rows, "CHUNK": CHUNK_ELEMENTS, "LEVELS": BLOCK_LOG2}
+            return cuda_kernel.weight_kernel, constants, options
         case Stage.LOSSES:
-            _kernels.loss_kernel[grid](
-                arena,
-                tiles,
-                OPERAND=kernel.operand,
-                OUTPUT=kernel.output,
-                ROWS=kernel.has_rows,
-                SELECTED=kernel.is_selected,
-                CHUNK=CHUNK_ELEMENTS,
-                LEVELS=BLOCK_LOG2,
-                **options,
-            )
+            constants = {
+                "OPERAND": kernel.operand,
+                "OUTPUT": kernel.output,
+                "ROWS": kernel.has_rows,
+                "SELECTED": kernel.is_selected,
+                "CHUNK": CHUNK_ELEMENTS,
+                "LEVELS": BLOCK_LOG2,
+            }
+            return cuda_kernel.loss_kernel, constants, options
         case Stage.WEIGHT_FOLDS | Stage.LOSS_FOLDS:
-            _kernels.fold_kernel[grid](arena, tiles, LEVELS=BLOCK_LOG2, **options)
+            return cuda_kernel.fold_kernel, {"LEVELS": BLOCK_LOG2}, options
+
+
+def _launch(arena: Tensor, launch: Launch) -> None:
+    tiles = arena[launch.table.start : launch.table.stop].view(torch.int64)
+    function, constants, options = specialization(launch.kernel)
+    function[(launch.tile_count,)](arena, tiles, **constants, **options)

@@ -22,13 +22,23 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton.language as tl
 from triton.runtime import interpreter
 
 from lossgrad_server.engine import cuda_kernel
 from lossgrad_server.engine.cuda_device import Lane, Marker
 
+if not torch.cuda.is_available():
+    assert isinstance(tl.sum, interpreter.InterpretedFunction), (
+        "triton was imported before TRITON_INTERPRET was set; import this module first, or set it for the whole run"
+    )
+
 needs_interpreter = pytest.mark.skipif(
     not cuda_kernel.INTERPRETED, reason="the kernels are compiled for the GPU here; set TRITON_INTERPRET=1"
+)
+needs_gpu = pytest.mark.skipif(
+    cuda_kernel.INTERPRETED,
+    reason=f"torch {torch.__version__} sees no CUDA device, or TRITON_INTERPRET is set",
 )
 
 
