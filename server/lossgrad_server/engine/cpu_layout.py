@@ -15,7 +15,17 @@ from typing import Any, Final
 import numpy as np
 
 from lossgrad_server.engine.cpu_formulas import factors
-from lossgrad_server.jobs import MAX_RANK, MAX_SPECS, DataType, JobPlan, Reduction, Role, SpecPlan, TensorPlan, unpack_header
+from lossgrad_server.jobs import (
+    MAX_RANK,
+    MAX_SPECS,
+    DataType,
+    JobPlan,
+    Reduction,
+    Role,
+    SpecPlan,
+    TensorPlan,
+    unpack_header,
+)
 from lossgrad_server.work import SPEC_RESULT
 
 # Every reduction is cut into chunks of this many elements; each becomes one float64 partial sum.

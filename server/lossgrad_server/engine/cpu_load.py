@@ -11,6 +11,7 @@ from lossgrad_server.engine.cpu_floats import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
+    FLOAT64,
     bfloat16_value,
     float16_value,
     load_float32,
@@ -87,7 +88,9 @@ def gather_operand(address: int, operand: int, start: int, count: int) -> int:
         indices[last] += run
         dimension = last
         while dimension > 0 and indices[dimension] == layout.shape[dimension]:
-            offset += layout.strides[operand, dimension - 1] - layout.shape[dimension] * layout.strides[operand, dimension]
+            offset += (
+                layout.strides[operand, dimension - 1] - layout.shape[dimension] * layout.strides[operand, dimension]
+            )
             indices[dimension] = 0
             dimension -= 1
             indices[dimension] += 1

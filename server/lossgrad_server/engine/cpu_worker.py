@@ -98,7 +98,7 @@ class CpuWorker:
         started = perf_counter_ns()
         try:
             programs = [program_of(item.header) for item in items]
-            if any([program.work > self._piece_work for program in programs]):
+            if any(program.work > self._piece_work for program in programs):
                 programs.clear()
         except Exception:
             programs = []
