@@ -2,7 +2,7 @@
 
 A client belongs to the event loop in which it is first used, as grpc.aio's channels do, and says so when used in
 another. Each running `stream` has one task of its own, which only moves received messages into a queue; the caller's
-iterable, packing and unpacking stay in the caller's task.
+iterable, packing and unpacking stay in the caller's task. Concurrent small calls share a stream: coalescer.py.
 """
 
 # ruff: noqa: ASYNC109 - the timeout goes to the server as the call's deadline, which asyncio.timeout would not do
@@ -31,6 +31,7 @@ from lossgrad.calls import (
     stream_ended,
 )
 from lossgrad.channel import ChannelSettings, connect_aio
+from lossgrad.coalescer import Coalescer
 from lossgrad.errors import Cancelled, LossgradError, from_rpc_error
 from lossgrad.feed import ComputeOptions, OnError, PairFeed, StreamOptions
 from lossgrad.loss_methods import LossMethods
@@ -42,7 +43,12 @@ from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOS
 
 
 class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
-    """LossClient for asyncio: the same arguments, methods and results, awaited. Use it as an async context manager."""
+    """LossClient for asyncio: the same arguments, methods and results, awaited. Use it as an async context manager.
+
+    Calls with small tensors that are under way at the same time travel together, many to a message, which takes a small
+    part of the time that calls of their own would take: `await asyncio.gather(*(client.l1(a, b) for a, b in pairs))`. Each
+    keeps its own timeout, cancellation and error. `coalesce=False` makes every call a call of its own.
+    """
 
     def __init__(
         self,
@@ -56,6 +62,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
         timeout: float | None = None,
         retries: int | None = None,
         max_message_bytes: int | None = None,
+        coalesce: bool | None = None,
     ) -> None:
         self._settings = ChannelSettings.resolve(
             target,
@@ -67,6 +74,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             timeout=timeout,
             retries=retries,
             max_message_bytes=max_message_bytes,
+            coalesce=coalesce,
         )
         self._metadata = self._settings.metadata
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -123,12 +131,17 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             allow_broadcast=allow_broadcast,
             idempotency_key=idempotency_key,
         )
+        connection = self._connected()
+        if connection.coalescer is not None and connection.coalescer.takes(request):
+            return await connection.coalescer.compute(request, deadline_seconds(timeout, self._settings.timeout))
         start = time.perf_counter()
-        answer = await self._call(self._connected().compute, request.message(), timeout)
+        answer = await self._call(connection.compute, request.message(), timeout)
         return request.read(answer, time.perf_counter() - start)
 
-    async def _compute_one(self, input: Any, target: Any, loss: Loss, options: dict[str, Any]) -> LossResult:
-        return await self.compute(input, target, loss, **options)
+    def _compute_one(
+        self, input: Any, target: Any, loss: Loss, options: dict[str, Any]
+    ) -> Coroutine[Any, Any, LossResult]:
+        return self.compute(input, target, loss, **options)
 
     @overload
     def stream(
@@ -218,6 +231,8 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
         if self._connection is not None:
             self._check_loop()
             connection, self._connection = self._connection, None
+            if connection.coalescer is not None:
+                await connection.coalescer.close()
             await connection.channel.close()
 
     def _connected(self) -> _Connection:
@@ -226,6 +241,8 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             raise RuntimeError("this client is closed; make a new one")
         if self._connection is None:
             self._connection = _Connection(connect_aio(self._settings))
+            if self._settings.coalesce:
+                self._connection.coalescer = Coalescer(self._settings, self._open_stream)
         return self._connection
 
     def _check_loop(self) -> None:
@@ -307,7 +324,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
 
 
 class _Connection:
-    """A channel, and its four methods on bytes."""
+    """A channel, its four methods on bytes, and what shares its streams."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.channel = channel
@@ -315,6 +332,7 @@ class _Connection:
         self.info: Any = channel.unary_unary(GET_SERVER_INFO)
         self.health: Any = channel.unary_unary(HEALTH_CHECK)
         self.stream: Any = channel.stream_stream(STREAM_COMPUTE_LOSS)
+        self.coalescer: Coalescer | None = None
 
 
 def _puller(pairs: Iterable[Any] | AsyncIterable[Any]) -> Callable[[], Coroutine[Any, Any, Any]]:

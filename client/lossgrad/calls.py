@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from lossgrad.errors import InvalidRequest, LossgradError, RequestTooLarge, ServerError, Unavailable, from_rpc_error
 from lossgrad.losses import Loss
-from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing
-from lossgrad.tensors import NAMES, Family, promote, read_mask, read_pair, read_weight
+from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing, new_loss_result, new_timing
+from lossgrad.tensors import NAMES, NUMPY, Family, is_plain, promote, read_mask, read_pair, read_weight
 from lossgrad_api.codec import (
     SERVICE,
     Buffer,
@@ -30,14 +30,21 @@ HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
 HEALTH_REQUEST: Final = b"\x0a" + bytes((len(SERVICE),)) + SERVICE.encode()
 _SERVING: Final = b"\x08\x01"
 _MAX_SPECS: Final = 16
+# Below this a request is joined when it is made. A second copy costs less there than handling parts, and the caller may
+# use the arrays for something else.
+JOINED_BYTES: Final = 256 * 1024
+_MAX_FORMS: Final = 1024
 
 Losses = Loss | Sequence[Loss]
 Answer = LossResult | tuple[LossResult, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: that takes a microsecond, and every call has one
 class Request:
-    """A request ready to send: its parts (views into the caller's arrays), and how to read its answer."""
+    """A request ready to send: its parts, and how to read its answer.
+
+    The parts of a large one are views into the caller's arrays. A small one has a single part, which is a copy.
+    """
 
     parts: list[Buffer]
     byte_count: int
@@ -60,48 +67,52 @@ class Request:
 
     def read_view(self, view: ResponseView, round_trip_seconds: float) -> Answer:
         """Return what an answer says, in the caller's kind of arrays."""
-        if len(view.results) != len(self.losses):
-            raise ServerError(f"the server gave {len(view.results)} results for {len(self.losses)} losses")
-        stats = view.stats
-        timing = Timing(
-            stats.queue_ns / 1e9,
-            stats.pack_ns / 1e9,
-            stats.compute_ns / 1e9,
-            stats.unpack_ns / 1e9,
-            stats.batch_request_count,
-            stats.batch_element_count,
-            stats.device,
-            round_trip_seconds,
+        stats, results, idempotency_key = view
+        if len(results) != len(self.losses):
+            raise ServerError(f"the server gave {len(results)} results for {len(self.losses)} losses")
+        timing = new_timing(stats, round_trip_seconds)
+        if self.is_single:
+            return self._result(self.losses[0], results[0], timing, idempotency_key)
+        return tuple(
+            self._result(spec, result, timing, idempotency_key)
+            for spec, result in zip(self.losses, results, strict=True)
         )
-        results = tuple(
-            self._result(spec, result, timing, view.idempotency_key)
-            for spec, result in zip(self.losses, view.results, strict=True)
-        )
-        return results[0] if self.is_single else results
 
     def _result(self, spec: Loss, result: ResultView, timing: Timing, idempotency_key: str) -> LossResult:
-        value = result.scalar
+        value, tensor, element_count, weight_sum, nonfinite_count, target_gradient, gradient = result
+        family = self.input_family
         if value is not None:
-            loss = self.input_family.scalar(value, self.result_type)
-        elif result.tensor is not None:
-            loss = self.input_family.tensor(result.tensor)
+            loss = family.scalar(value, self.result_type)
+        elif tensor is not None:
+            loss = family.tensor(tensor)
         else:
             raise ServerError(f"the server's answer has no loss for {spec!r}")
-        gradient, target_gradient = result.input_gradient, result.target_gradient
         if spec.gradient and gradient is None:
             raise ServerError(f"the server's answer has no gradient for {spec!r}")
-        return LossResult(
+        return new_loss_result(
             loss,
             value,
-            None if gradient is None else self.input_family.tensor(gradient),
+            None if gradient is None else family.tensor(gradient),
             None if target_gradient is None else self.target_family.tensor(target_gradient),
-            result.element_count,
-            result.weight_sum,
-            result.nonfinite_count,
+            element_count,
+            weight_sum,
+            nonfinite_count,
             timing,
             spec,
             idempotency_key,
         )
+
+
+class _Form(NamedTuple):
+    """What requests for NumPy arrays of the same shapes, types and losses have in common."""
+
+    target_head: Buffer  # all up to the target's elements
+    input_head: Buffer  # all between those and the input's
+    byte_count: int
+    result_type: int
+
+
+_forms: dict[tuple[Any, ...], _Form] = {}
 
 
 def as_losses(losses: Losses) -> tuple[tuple[Loss, ...], bool]:
@@ -139,9 +150,22 @@ def prepare(
     idempotency_key: str = "",
 ) -> Request:
     """Return the request for these tensors. Raises InvalidRequest and RequestTooLarge before anything is sent."""
+    specs = [loss.serialized for loss in losses]
+    form_key: tuple[Any, ...] | None = None
+    if weight is None and mask is None and not idempotency_key and is_plain(input) and is_plain(target):
+        form_key = (input.dtype, input.shape, target.dtype, target.shape, allow_broadcast, *specs)
+        form = _forms.get(form_key)
+        if form is not None:
+            target_head, input_head, byte_count, result_type = form
+            _check_size(byte_count, max_message_bytes)
+            if byte_count < JOINED_BYTES:
+                parts: list[Buffer] = [b"".join((target_head, target.data, input_head, input.data))]
+            else:
+                parts = [target_head, target.data.cast("B"), input_head, input.data.cast("B")]
+            return Request(parts, byte_count, losses, is_single, NUMPY, NUMPY, result_type)
     first, second = read_pair(input, target)
     parts = encode_compute_request(
-        [loss.serialized for loss in losses],
+        specs,
         first.wire,
         second.wire,
         weight=None if weight is None else read_weight(weight),
@@ -150,6 +174,18 @@ def prepare(
         idempotency_key=idempotency_key,
     )
     byte_count = sum(map(len, parts))
+    _check_size(byte_count, max_message_bytes)
+    result_type = promote(first.wire.data_type, second.wire.data_type)
+    if form_key is not None:
+        if len(_forms) >= _MAX_FORMS:  # rare enough that starting over is the simplest bound
+            _forms.clear()
+        _forms[form_key] = _Form(parts[0], parts[2], byte_count, result_type)
+    if byte_count < JOINED_BYTES:
+        parts = [b"".join(parts)]
+    return Request(parts, byte_count, losses, is_single, first.family, second.family, result_type)
+
+
+def _check_size(byte_count: int, max_message_bytes: int) -> None:
     if byte_count > max_message_bytes:
         raise RequestTooLarge(
             f"this request takes {byte_count} bytes, the limit is {max_message_bytes}; send fewer elements at a time, or "
@@ -157,15 +193,6 @@ def prepare(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             "MESSAGE_TOO_LARGE",
         )
-    return Request(
-        parts,
-        byte_count,
-        losses,
-        is_single,
-        first.family,
-        second.family,
-        promote(first.wire.data_type, second.wire.data_type),
-    )
 
 
 def split_pair(pair: Any) -> tuple[Any, Any, Mapping[str, Any]]:

@@ -40,6 +40,7 @@ class ChannelSettings:
     timeout: float = DEFAULT_TIMEOUT_SECONDS
     retries: int = DEFAULT_RETRIES
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    coalesce: bool = True  # whether an AsyncLossClient's concurrent small calls share a stream
 
     def __post_init__(self) -> None:
         if not self.timeout > 0:
@@ -71,6 +72,7 @@ class ChannelSettings:
         timeout: float | None = None,
         retries: int | None = None,
         max_message_bytes: int | None = None,
+        coalesce: bool | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> ChannelSettings:
         """Return the settings: each argument, or else its LOSSGRAD_ variable, or else the default.
@@ -105,6 +107,7 @@ class ChannelSettings:
             timeout=setting("TIMEOUT", timeout, float, DEFAULT_TIMEOUT_SECONDS),
             retries=setting("RETRIES", retries, int, DEFAULT_RETRIES),
             max_message_bytes=setting("MAX_MESSAGE_BYTES", max_message_bytes, int, DEFAULT_MAX_MESSAGE_BYTES),
+            coalesce=setting("COALESCE", coalesce, _boolean, True),
         )
 
     @property

@@ -9,8 +9,9 @@ from typing import Any, Literal, TypedDict
 from lossgrad.calls import Answer, Losses, as_losses, deadline_seconds, prepare, split_pair
 from lossgrad.channel import ChannelSettings
 from lossgrad.errors import LossgradError
+from lossgrad.exchange import FRAME_BYTES
 from lossgrad.losses import Loss
-from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, FRAME_BYTES, StreamWindow
+from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
 
 OnError = Literal["raise", "return"]
 

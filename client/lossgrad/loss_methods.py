@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
-from lossgrad.losses import L1, MSE, Huber, Loss, SmoothL1
+from lossgrad.losses import L1, MSE, Huber, Loss, SmoothL1, make_loss
 
 R = TypeVar("R")
 
@@ -45,13 +45,7 @@ class LossMethods(ABC, Generic[R]):
         return self._compute_one(
             input,
             target,
-            SmoothL1(
-                beta,
-                reduction=reduction,
-                gradient=gradient,
-                denominator=denominator,
-                gradient_scale=gradient_scale,
-            ),
+            make_loss(SmoothL1, beta, reduction, gradient, denominator, gradient_scale),
             _options(weight, mask, allow_broadcast, timeout, idempotency_key),
         )
 
@@ -75,13 +69,7 @@ class LossMethods(ABC, Generic[R]):
         return self._compute_one(
             input,
             target,
-            Huber(
-                delta,
-                reduction=reduction,
-                gradient=gradient,
-                denominator=denominator,
-                gradient_scale=gradient_scale,
-            ),
+            make_loss(Huber, delta, reduction, gradient, denominator, gradient_scale),
             _options(weight, mask, allow_broadcast, timeout, idempotency_key),
         )
 
@@ -104,7 +92,7 @@ class LossMethods(ABC, Generic[R]):
         return self._compute_one(
             input,
             target,
-            L1(reduction=reduction, gradient=gradient, denominator=denominator, gradient_scale=gradient_scale),
+            make_loss(L1, None, reduction, gradient, denominator, gradient_scale),
             _options(weight, mask, allow_broadcast, timeout, idempotency_key),
         )
 
@@ -127,7 +115,7 @@ class LossMethods(ABC, Generic[R]):
         return self._compute_one(
             input,
             target,
-            MSE(reduction=reduction, gradient=gradient, denominator=denominator, gradient_scale=gradient_scale),
+            make_loss(MSE, None, reduction, gradient, denominator, gradient_scale),
             _options(weight, mask, allow_broadcast, timeout, idempotency_key),
         )
 

@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Final
 
 from lossgrad.errors import InvalidRequest
@@ -144,6 +144,39 @@ class MSE(Loss):
 
     def _write(self, spec: pb.LossSpec) -> None:
         spec.mse.SetInParent()
+
+
+def make_loss(
+    kind: type[Loss],
+    parameter: float | None,
+    reduction: str,
+    gradient: bool,
+    denominator: float | None,
+    gradient_scale: float | None,
+) -> Loss:
+    """Return a loss; the one made before, where the arguments are plain values and there are no factors.
+
+    Checking and serialising a loss takes as long as all else that a call does before it is sent, and most calls of a
+    program are for the same one. `parameter` is None for a loss that has none.
+    """
+    if (
+        denominator is None
+        and gradient_scale is None
+        and type(gradient) is bool
+        and type(reduction) is str
+        and reduction != "elementwise_mean"  # warns every time
+        and (parameter is None or type(parameter) is float or type(parameter) is int)
+    ):
+        return _known_loss(kind, parameter, reduction, gradient)
+    parameters = () if parameter is None else (parameter,)
+    return kind(
+        *parameters, reduction=reduction, gradient=gradient, denominator=denominator, gradient_scale=gradient_scale
+    )
+
+
+@lru_cache(maxsize=256)
+def _known_loss(kind: type[Loss], parameter: float | None, reduction: str, gradient: bool) -> Loss:
+    return kind(*(() if parameter is None else (parameter,)), reduction=reduction, gradient=gradient)
 
 
 def _bad(name: str, value: str, allowed: str) -> InvalidRequest:

@@ -1,4 +1,4 @@
-"""The stream of an AsyncLossClient: one StreamComputeLoss call, and the queue between it and the caller's task."""
+"""StreamComputeLoss calls of an AsyncLossClient: reading and writing them, and the queue between one and a caller's task."""
 
 from __future__ import annotations
 
@@ -32,12 +32,9 @@ class TaskStream:
             self._incoming = deque()
             self._arrived = asyncio.Event()
             self._call = self._open_stream()
-            self._reader = asyncio.create_task(_read(self._call, self._incoming, self._arrived))
-        try:
-            for message in messages:
-                await self._call.write(message)
-        except (grpc.RpcError, asyncio.InvalidStateError):
-            return  # the call has ended; why, the reader learns
+            self._reader = asyncio.create_task(read_stream(self._call, self._put))
+        for message in messages:
+            await write_stream(self._call, message)
 
     async def received(self, wait_seconds: float | None) -> list[bytes | Exception | None]:
         """Return all that has come; if there is nothing, wait for the first for this long, for ever if None."""
@@ -52,6 +49,10 @@ class TaskStream:
         self._incoming.clear()
         return received
 
+    def _put(self, received: bytes | Exception | None) -> None:
+        self._incoming.append(received)
+        self._arrived.set()
+
     async def close(self) -> None:
         """End the call, if there is one. Another can follow."""
         if self._call is not None:
@@ -62,20 +63,44 @@ class TaskStream:
             self._call = self._reader = None
 
 
-async def _read(call: Any, incoming: deque[bytes | Exception | None], arrived: asyncio.Event) -> None:
+async def read_stream(call: Any, deliver: Callable[[bytes | Exception | None], None]) -> None:
+    """Deliver each message of a call, and then the error that it ended with, or None where the server ended it."""
     try:
         while (message := await call.read()) is not grpc.aio.EOF:
-            incoming.append(message)
-            arrived.set()
-        incoming.append(None)
+            deliver(message)
     except grpc.aio.AioRpcError as error:
         # What grpc.aio makes of a call that ends while it sends, whatever the call ended with.
         is_broken = error.code() is grpc.StatusCode.INTERNAL and error.details() == "Internal error from Core"
-        incoming.append(Unavailable("the connection broke", grpc.StatusCode.UNAVAILABLE) if is_broken else error)
+        deliver(Unavailable("the connection broke", grpc.StatusCode.UNAVAILABLE) if is_broken else error)
     except Exception as error:  # carried over to the caller's task, which raises it
-        incoming.append(error)
-    except asyncio.CancelledError:  # the channel was closed, or this task was cancelled by `close`
-        incoming.append(Cancelled("the client was closed during the stream", grpc.StatusCode.CANCELLED))
+        deliver(error)
+    except asyncio.CancelledError:  # the channel was closed, or this task was cancelled by whoever owns it
+        deliver(Cancelled("the client was closed during the stream", grpc.StatusCode.CANCELLED))
         raise
-    finally:
-        arrived.set()
+    else:
+        deliver(None)
+
+
+async def write_stream(call: Any, message: bytes) -> None:
+    """Send a message; wait until gRPC has taken it. Where the call has ended, do nothing: why, the reader learns."""
+    try:
+        await call.write(message)
+    except (grpc.RpcError, asyncio.InvalidStateError):
+        return
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # grpc.aio raises this too when the call is cancelled, which cancels no task.
+
+
+async def finish_stream(call: Any) -> None:
+    """Tell the server that there is no more to come; what it has, it still answers."""
+    try:
+        await call.done_writing()
+    except (grpc.RpcError, asyncio.InvalidStateError):
+        return
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise

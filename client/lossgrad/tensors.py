@@ -10,6 +10,7 @@ import math
 import struct
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -87,11 +88,11 @@ class NumpyFamily:
 
     def tensor(self, wire: WireTensor) -> Any:
         """Return a tensor of an answer as an array."""
-        check_length(wire)
-        array = np.empty(wire.shape, self._storage(wire.data_type))
-        if wire.data:
-            array.data.cast("B")[:] = wire.data
-        if wire.data_type == BFLOAT16:
+        data_type, shape, data = wire
+        array = np.empty(shape, _checked_dtype(data_type, shape, len(data)))
+        if data:
+            array.data.cast("B")[:] = data
+        if data_type == BFLOAT16:
             dtype = self._bfloat16_dtype()
             # Without a dtype object for it, float32 holds every bfloat16 exactly.
             return (array.astype(np.uint32) << 16).view(np.float32) if dtype is None else array.view(dtype)
@@ -106,16 +107,13 @@ class NumpyFamily:
         with np.errstate(over="ignore"):  # beyond the type's range is infinity, as everywhere
             return kind(value)
 
-    def _storage(self, data_type: int) -> np.dtype[Any]:
-        return np.dtype(np.uint16) if data_type == BFLOAT16 else _DTYPES[data_type]
-
     def _bfloat16_dtype(self) -> np.dtype[Any] | None:
         if self._bfloat16 is None and "ml_dtypes" in sys.modules:
             self._bfloat16 = np.dtype(sys.modules["ml_dtypes"].bfloat16)
         return self._bfloat16
 
 
-_NUMPY: Final = NumpyFamily()
+NUMPY: Final = NumpyFamily()
 
 
 def read_pair(input: Any, target: Any) -> tuple[Operand, Operand]:
@@ -146,6 +144,11 @@ def read_operand(value: Any, name: str) -> Operand:
 
         return read_tensor(value, name)
     return _from_numpy(_as_numpy(value, name), name)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is an array whose elements, at least one, can be sent as they lie in memory."""
+    return type(value) is np.ndarray and value.dtype in _NUMBERS and value.flags.c_contiguous and value.size > 0
 
 
 def read_weight(value: Any) -> WireTensor:
@@ -190,18 +193,25 @@ def refuse(name: str, type_name: str, advice: str | None = None) -> InvalidReque
     )
 
 
-def check_length(wire: WireTensor) -> None:
+def check_length(data_type: int, shape: tuple[int, ...], byte_count: int) -> None:
     """Raise ServerError unless an answer's tensor holds what its shape and type say."""
-    itemsize = ITEMSIZES.get(wire.data_type)
-    if itemsize is None or itemsize * math.prod(wire.shape) != len(wire.data):
+    itemsize = ITEMSIZES.get(data_type)
+    if itemsize is None or itemsize * math.prod(shape) != byte_count:
         raise ServerError(
-            f"the server's answer has a tensor of data type {NAMES.get(wire.data_type, wire.data_type)} and shape "
-            f"{list(wire.shape)} with {len(wire.data)} bytes, which do not fit together"
+            f"the server's answer has a tensor of data type {NAMES.get(data_type, data_type)} and shape {list(shape)} "
+            f"with {byte_count} bytes, which do not fit together"
         )
 
 
+@lru_cache(maxsize=1024)
+def _checked_dtype(data_type: int, shape: tuple[int, ...], byte_count: int) -> np.dtype[Any]:
+    """Return what an answer's tensor is stored in. Raises ServerError; remembered, because answers are of few kinds."""
+    check_length(data_type, shape, byte_count)
+    return np.dtype(np.uint16) if data_type == BFLOAT16 else _DTYPES[data_type]
+
+
 def _from_numpy(array: np.ndarray[Any, Any], name: str) -> Operand:
-    family = _NUMPY
+    family = NUMPY
     number = _NUMBERS.get(array.dtype)
     if number is None:
         number, array = _unusual(array, name)

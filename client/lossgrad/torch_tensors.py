@@ -23,7 +23,7 @@ class TorchFamily:
 
     def tensor(self, wire: WireTensor) -> Any:
         """Return a tensor of an answer as a torch tensor on the device."""
-        check_length(wire)
+        check_length(wire.data_type, wire.shape, len(wire.data))
         dtype = _DTYPES[wire.data_type]
         if not wire.data:
             return torch.empty(wire.shape, dtype=dtype, device=self._device)

@@ -44,7 +44,7 @@ async def async_client(target: str) -> AsyncIterator[AsyncLossClient]:
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TARGET", "TOKEN", "TLS", "CA", "CERT", "KEY", "TIMEOUT", "RETRIES", "MAX_MESSAGE_BYTES"):
+    for name in ("TARGET", "TOKEN", "TLS", "CA", "CERT", "KEY", "TIMEOUT", "RETRIES", "MAX_MESSAGE_BYTES", "COALESCE"):
         monkeypatch.delenv(f"LOSSGRAD_{name}", raising=False)
 
 

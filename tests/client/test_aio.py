@@ -227,7 +227,8 @@ async def test_a_stream_that_breaks_goes_on_where_it_was(async_client: AsyncLoss
 async def test_a_stream_that_cannot_be_opened_again_raises(target: str, peer: Peer) -> None:
     peer.fail_call = lambda _number, context: context.abort(Code.UNAVAILABLE, "gone")
     async with AsyncLossClient(target, retries=1) as client:
-        with pytest.raises(Unavailable, match="gone"):
+        # Where the call ends while it sends, grpc.aio does not say what it ended with.
+        with pytest.raises(Unavailable, match=r"gone|the connection broke"):
             await client.compute_many(pairs(3), L1())
     assert peer.streams == 2
 

@@ -123,12 +123,14 @@ def test_a_calls_error_has_the_servers_details_and_the_grpc_error_as_its_cause(c
     assert vars(pickle.loads(pickle.dumps(raised.value))) == vars(raised.value)  # noqa: S301
 
 
-async def test_an_async_calls_error_has_the_same(async_client: AsyncLossClient, peer: Peer) -> None:
+@pytest.mark.parametrize("coalesce", [False, True])
+async def test_an_async_calls_error_has_the_same(target: str, peer: Peer, coalesce: bool) -> None:
     peer.fail = refuse_with_everything
-    with pytest.raises(InvalidRequest) as raised:
-        await async_client.l1(ONES, ONES)
+    async with AsyncLossClient(target, coalesce=coalesce) as client:
+        with pytest.raises(InvalidRequest) as raised:
+            await client.l1(ONES, ONES)
     check_everything(raised.value)
-    assert isinstance(raised.value.__cause__, grpc.aio.AioRpcError)
+    assert isinstance(raised.value.__cause__, grpc.aio.AioRpcError) is not coalesce  # on a stream, no call has failed
 
 
 def test_an_item_of_a_stream_has_the_same(client: LossClient, peer: Peer) -> None:

@@ -98,6 +98,13 @@ except ModuleNotFoundError as error:
     assert "pip install 'lossgrad[server]'" in out
 
 
+def test_large_blocks_are_kept_only_when_asked_for() -> None:
+    run(
+        "import lossgrad, sys; assert 'lossgrad_api.allocator' not in sys.modules; "
+        "assert lossgrad.keep_large_blocks() in (True, False)"
+    )
+
+
 def test_nn_is_found_as_an_attribute() -> None:
     run("import lossgrad; assert lossgrad.nn.SmoothL1Loss(); from lossgrad import nn; assert nn is lossgrad.nn")
     with pytest.raises(AttributeError, match="module 'lossgrad' has no attribute 'nothing'"):

@@ -18,7 +18,8 @@ from lossgrad import (
     Unavailable,
 )
 from lossgrad.calls import Request, prepare
-from lossgrad.window import MAX_REQUESTS_PER_MESSAGE, StreamWindow, backoff_seconds
+from lossgrad.exchange import MAX_REQUESTS_PER_MESSAGE, backoff_seconds
+from lossgrad.window import StreamWindow
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from tests.client.peer import status
 
@@ -138,7 +139,7 @@ def test_the_window_is_bounded_in_bytes_and_takes_one_request_of_any_size() -> N
     while window.has_room:
         window.add(request(1000))
     window.flush()
-    assert len(list(window._sent)) == 4
+    assert len(window._exchange._sent) == 4
     small = make_window(max_bytes=10)
     assert tags(small.add(request(1000))) == [[1]]
     assert not small.has_room
