@@ -1,7 +1,7 @@
 """Writes the generated code beside the .proto files: `python proto/generate.py [--check]`. Never edit its output.
 
-It wants grpcio-tools 1.76.0 exactly: stubs of that release load with protobuf 6.31.1 to 7.x and grpcio 1.76 up, those of
-a newer one refuse every older runtime, tritonclient's among them. Because that release wants an older protobuf than
+It wants grpcio-tools 1.76.0 exactly: stubs of that release load with protobuf 6.31.1 to 7.x and grpcio 1.76 up, those
+of a newer one refuse every older runtime, tritonclient's among them. Because that release wants an older protobuf than
 the one beside it in a development environment, it is put into an environment of its own (.venv-proto) at first use.
 """
 
@@ -42,7 +42,8 @@ def generate(destination: Path) -> list[Path]:
     program = (
         "import sys, pathlib, grpc_tools, google.rpc\n"
         "from grpc_tools import protoc\n"
-        "roots = [pathlib.Path(grpc_tools.__file__).parent / '_proto', pathlib.Path(list(google.rpc.__path__)[0]).parents[1]]\n"
+        "roots = [pathlib.Path(grpc_tools.__file__).parent / '_proto', "
+        "pathlib.Path(list(google.rpc.__path__)[0]).parents[1]]\n"
         "sys.exit(protoc.main(['protoc', *(f'-I{root}' for root in roots), *sys.argv[1:]]))\n"
     )
     arguments = [f"-I{PROTO_ROOT}", *(f"--{kind}_out={destination}" for kind in ("python", "pyi", "grpc_python"))]

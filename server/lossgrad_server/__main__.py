@@ -1,1 +1,36 @@
 """The command `lossgrad-server`, also `python -m lossgrad_server`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+
+from lossgrad_api.allocator import keep_large_blocks
+from lossgrad_server.config import ConfigError, from_command_line
+
+
+def main() -> int:
+    """Serve until told to stop. Returns 0 after a drain, 2 where a setting cannot be used, 3 after the device was lost."""
+    try:
+        config = from_command_line(sys.argv[1:])
+        logging.basicConfig(
+            level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        )
+        keep_large_blocks()  # before torch and gRPC start threads, each of which would get an arena of its own
+        # Only now, so that --help and a bad flag do not wait seconds for torch.
+        from lossgrad_server.app import DeviceLost, run
+
+        try:
+            asyncio.run(run(config))
+        except DeviceLost as error:
+            print(f"lossgrad-server: {error}", file=sys.stderr)  # noqa: T201
+            return 3
+    except ConfigError as error:
+        print(f"lossgrad-server: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -73,6 +73,7 @@ class RequestError(Exception):
         self.reason = reason
         self.field = field
         self.retry_after_seconds = retry_after_seconds
+        self.request_id = ""  # the caller's idempotency key, set where it is known
 
 
 class InvalidRequest(RequestError):

@@ -174,6 +174,17 @@ class JobPlan:
         )
 
     @cached_property
+    def kind(self) -> LossKind | None:
+        """The loss function that all specs name; None where they name several."""
+        kinds = {spec.kind for spec in self.specs}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    @cached_property
+    def includes_gradient(self) -> bool:
+        """Whether any spec asks for the gradient."""
+        return any(spec.include_gradient for spec in self.specs)
+
+    @cached_property
     def outputs(self) -> tuple[OutputPlan, ...]:
         """The answer's tensors, in the order in which their bytes come back: by spec, and by role within a spec."""
         outputs: list[OutputPlan] = []

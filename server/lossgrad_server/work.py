@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Protocol
 
+from lossgrad_server.jobs import JobPlan
+
 Buffer = bytes | bytearray | memoryview
 
 # One for each spec: scalar loss (0 where the loss is a tensor), element count, weight sum, non-finite count.
@@ -20,7 +22,7 @@ SPEC_RESULT: Final = struct.Struct("<dqdq")
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """One request to compute: `JobPlan.header`, and the bytes of each of `JobPlan.operands`, unaligned and read-only."""
+    """One request to compute: `JobPlan.header`, and each of `JobPlan.operands` as bytes: read-only, at any address."""
 
     header: bytes
     operands: tuple[Buffer, ...]
@@ -60,18 +62,67 @@ class BatchResult:
     unpack_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The `Pending` of a batch that was computed while it was submitted."""
+
+    batch_result: BatchResult
+
+    def advance(self) -> bool:
+        """There is nothing to do."""
+        return False
+
+    def is_done(self) -> bool:
+        """It is."""
+        return True
+
+    def result(self) -> BatchResult:
+        """Return what became of the items."""
+        return self.batch_result
+
+
+class Pending(Protocol):
+    """A batch under way on a device. Belongs to the thread that submitted it."""
+
+    def advance(self) -> bool:
+        """Do the next piece of a large request; return whether there are more. At once False for a batch of small ones.
+
+        Other batches may be submitted between two pieces, and do not wait for the rest of this one.
+        """
+
+    def is_done(self) -> bool:
+        """Return whether `result` would not wait."""
+
+    def result(self) -> BatchResult:
+        """Do what is left, wait for the device, and return what became of the items."""
+
+
 class DeviceWorker(Protocol):
-    """Computes batches on one device. All methods but the attributes are called from one thread, the batcher's."""
+    """Computes batches on one device. `is_large` is called from any thread, all else from one, the batcher's."""
 
     @property
     def device(self) -> str:
         """The device's name, as torch writes it: "cpu", "cuda:0"."""
 
+    @property
+    def slots(self) -> int:
+        """How many batches may be under way at a time."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the device failed for good, so that only a new process can use it again."""
+
+    def is_large(self, plan: JobPlan) -> bool:
+        """Return whether a request is to be submitted alone, because it is computed in pieces."""
+
     def warm_up(self) -> None:
         """Do once what must not be done at the first request: compile, allocate, touch the device."""
 
-    def run(self, items: Sequence[WorkItem]) -> BatchResult:
-        """Compute the items. Never raises for what an item is: an item that fails, fails alone, as a WorkFailure."""
+    def submit(self, items: Sequence[WorkItem]) -> Pending:
+        """Begin to compute items: one large one, or any number of others.
+
+        Never raises for what an item is: an item that fails, fails alone, as a WorkFailure.
+        """
 
     def close(self) -> None:
         """Give back what `warm_up` took."""

@@ -25,10 +25,6 @@ from lossgrad_server.engine.cpu_native import inlined, native
 from lossgrad_server.engine.cpu_sums import two_sum
 
 
-
-
-
-
 @inlined
 def clamp(value: Any, limit: Any) -> Any:
     """Return the value, but at most `limit` and at least `-limit`; NaN stays NaN."""
@@ -165,6 +161,4 @@ def run_loop(frame: Any, loop: Any, count: Any, first: Any, second: Any, scales:
     address = array_at(frame.loops, _LOOP_COUNT, np.int64)[loop]
     weights = frame.scratch + SCRATCH_WEIGHT
     own_scales = frame.scratch + scales
-    call_loop(
-        address, count, first, second, weights, own_scales, gradients, losses, lanes, lost, record, factor, edge
-    )
+    call_loop(address, count, first, second, weights, own_scales, gradients, losses, lanes, lost, record, factor, edge)

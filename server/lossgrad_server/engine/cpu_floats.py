@@ -69,7 +69,9 @@ def float16_bits(value: Any) -> Any:
     sign = uint32((bits >> uint32(16)) & uint32(0x8000))
     magnitude = uint32(bits & uint32(0x7FFFFFFF))
     # Normal: move the exponent by 127 - 15, then round off 13 bits; the carry may go up to infinity, as it should.
-    normal = uint32((magnitude - uint32(112 << 23) + uint32(0xFFF) + ((magnitude >> uint32(13)) & uint32(1))) >> uint32(13))
+    normal = uint32(
+        (magnitude - uint32(112 << 23) + uint32(0xFFF) + ((magnitude >> uint32(13)) & uint32(1))) >> uint32(13)
+    )
     # Subnormal: adding 1/2 leaves the float16's bits, rounded, at the end of the sum.
     subnormal = uint32(bits_of_float32(float32_of_bits(magnitude) + np.float32(0.5)) - uint32(0x3F000000))
     result = normal

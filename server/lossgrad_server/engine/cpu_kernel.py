@@ -27,9 +27,18 @@ from lossgrad_server.engine.cpu_tables import frame_at, job_of
 from lossgrad_server.work import SPEC_RESULT
 
 _RESULT_BYTES: Final = SPEC_RESULT.size
-_WEIGH_ALL, _WEIGH_ROWS, _DIVIDE_ROWS, _PREPARE, _WALK_ALL, _WALK_ROWS, _FINISH_ROWS, _FINISH, _SUM_INPUT, _SUM_TARGET = (
-    int(one) for one in Walk
-)
+(
+    _WEIGH_ALL,
+    _WEIGH_ROWS,
+    _DIVIDE_ROWS,
+    _PREPARE,
+    _WALK_ALL,
+    _WALK_ROWS,
+    _FINISH_ROWS,
+    _FINISH,
+    _SUM_INPUT,
+    _SUM_TARGET,
+) = (int(one) for one in Walk)
 _WALK_COUNT: Final = len(Walk)
 
 _get_item = types.ExternalFunction("PyList_GetItem", int64(int64, int64))

@@ -15,7 +15,17 @@ from typing import Any, Final
 import numpy as np
 
 from lossgrad_server.engine.cpu_formulas import factors
-from lossgrad_server.jobs import MAX_RANK, MAX_SPECS, DataType, JobPlan, Reduction, Role, SpecPlan, TensorPlan, unpack_header
+from lossgrad_server.jobs import (
+    MAX_RANK,
+    MAX_SPECS,
+    DataType,
+    JobPlan,
+    Reduction,
+    Role,
+    SpecPlan,
+    TensorPlan,
+    unpack_header,
+)
 from lossgrad_server.work import SPEC_RESULT
 
 # Every reduction is cut into chunks of this many elements; each becomes one float64 partial sum.
@@ -26,7 +36,6 @@ LANES: Final = 64
 ROWS: Final = 4
 # The elements that are brought at a time, so that what is between the steps stays in the nearest cache.
 BLOCK: Final = 512
-
 
 
 class Loop(IntEnum):
@@ -162,7 +171,9 @@ SUM: Final = np.dtype(
     ]
 )
 # Where a job's memory lies: addresses. `operands` is the address of an array of addresses.
-FRAME: Final = np.dtype([(name, _word) for name in ("program", "operands", "outputs", "results", "state", "scratch", "loops")])
+FRAME: Final = np.dtype(
+    [(name, _word) for name in ("program", "operands", "outputs", "results", "state", "scratch", "loops")]
+)
 
 # Outputs start on cache lines.
 OUTPUT_ALIGNMENT: Final = 64

@@ -19,7 +19,6 @@ from lossgrad_server.engine.cpu_floats import (
 )
 from lossgrad_server.engine.cpu_intrinsics import array_at
 from lossgrad_server.engine.cpu_layout import (
-    BLOCK,
     INPUT,
     LAYOUT,
     MASK,
@@ -89,7 +88,9 @@ def gather_operand(address: int, operand: int, start: int, count: int) -> int:
         indices[last] += run
         dimension = last
         while dimension > 0 and indices[dimension] == layout.shape[dimension]:
-            offset += layout.strides[operand, dimension - 1] - layout.shape[dimension] * layout.strides[operand, dimension]
+            offset += (
+                layout.strides[operand, dimension - 1] - layout.shape[dimension] * layout.strides[operand, dimension]
+            )
             indices[dimension] = 0
             dimension -= 1
             indices[dimension] += 1

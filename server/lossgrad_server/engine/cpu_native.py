@@ -21,6 +21,7 @@ from typing import Any, Final
 import llvmlite.binding
 from numba import njit, types
 from numba.core import config
+from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 
@@ -71,7 +72,7 @@ def load() -> None:
         config.CACHE_LOCATOR_CLASSES = f"{__name__}.CacheDirectory"
         try:
             for symbol, signature, function in _functions[len(_addresses) :]:
-                entry = _compile(signature, function)
+                entry = _compile(symbol, signature, function)
                 _compiled.append(entry)
                 _addresses[symbol] = entry.address
                 llvmlite.binding.add_symbol(symbol, entry.address)
@@ -79,22 +80,37 @@ def load() -> None:
             config.CACHE_LOCATOR_CLASSES = before
 
 
-def _compile(signature: Any, function: Callable[..., Any]) -> Any:
+def _compile(symbol: str, signature: Any, function: Callable[..., Any]) -> Any:
     entry = CFunc(function, normalize_signature(signature), locals={}, options=_NUMERICS)
-    directory = _cache_directory()
-    if directory is None:
+    if _cache_directory() is None:
         _warn_about_cache()
     else:
-        entry.enable_caching()
-        if not is_writable(directory):
-            # Without this, numba fails once it has compiled what the cache did not have.
-            entry._cache.save_overload = _save_nothing
+        entry._cache = _SymbolCache(function, symbol)
     entry.compile()
     return entry
 
 
-def _save_nothing(_signature: Any, _data: Any) -> None:
-    _warn_about_cache()
+class _SymbolCache(FunctionCache):
+    """numba's cache of a function, by the function's symbol.
+
+    numba's own key holds what a function closes over, and a closed-over compiled function is another one in every
+    process: such functions were compiled anew at every start. A symbol is enough, because the sources' digest stamps
+    the cache.
+    """
+
+    def __init__(self, function: Callable[..., Any], symbol: str) -> None:
+        super().__init__(function)
+        self._symbol = symbol
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return sig, codegen.magic_tuple(), self._symbol
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        # numba fails where it cannot save what it has just compiled.
+        if is_writable(Path(self.cache_path)):
+            super().save_overload(sig, data)
+        else:
+            _warn_about_cache()
 
 
 @cache

@@ -35,7 +35,15 @@ from lossgrad_server.engine.cpu_layout import (
 from lossgrad_server.engine.cpu_load import load_block, load_mask, load_weights
 from lossgrad_server.engine.cpu_native import inlined, native
 from lossgrad_server.engine.cpu_special import recompute_block
-from lossgrad_server.engine.cpu_sums import add_compensated, clear, compensated, divided, fold, fold_compensated, fold_runs
+from lossgrad_server.engine.cpu_sums import (
+    add_compensated,
+    clear,
+    compensated,
+    divided,
+    fold,
+    fold_compensated,
+    fold_runs,
+)
 from lossgrad_server.engine.cpu_tables import (
     frame_at,
     job_of,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter_ns
 from typing import Final
 
 from lossgrad_server.engine.cpu_layout import CHUNK, Program, Walk
 from lossgrad_server.engine.cpu_memory import Arena, output_memory
-from lossgrad_server.work import Buffer, WorkResult
+from lossgrad_server.work import BatchResult, Buffer, WorkFailure, WorkResult
 
 # Walks whose units are samples of which only the sums are touched.
 _SAMPLE_WALKS: Final = (Walk.DIVIDE_ROWS, Walk.FINISH_ROWS)
@@ -77,3 +78,43 @@ class Pieces:
         self._job.walk(walk, edges[0], edges[1], 0)
         for other in others:
             other.result()
+
+
+class PendingPieces:
+    """A batch of one large request. Implements work.Pending."""
+
+    def __init__(self, pieces: Pieces, failure: Callable[[Exception], WorkFailure], started_ns: int) -> None:
+        """`failure` makes the outcome of an error; `started_ns` is when packing began, on perf_counter_ns's clock."""
+        self._pieces = pieces
+        self._failure = failure
+        self._started_ns = started_ns
+        self._packed_ns = self._computed_ns = perf_counter_ns()
+        self._failed: WorkFailure | None = None
+        self._has_more = True
+
+    def advance(self) -> bool:
+        """Compute the next piece; return whether there are more."""
+        if self._has_more:
+            try:
+                self._has_more = not self._pieces.advance()
+            except Exception as error:
+                self._failed = self._failure(error)
+                self._has_more = False
+            self._computed_ns = perf_counter_ns()
+        return self._has_more
+
+    def is_done(self) -> bool:
+        """Return whether all pieces are computed."""
+        return not self._has_more
+
+    def result(self) -> BatchResult:
+        """Compute what is left and return the outcome. The time that other batches took between pieces is compute."""
+        while self.advance():
+            pass
+        outcome = self._failed or self._pieces.result()
+        return BatchResult(
+            [outcome],
+            self._packed_ns - self._started_ns,
+            self._computed_ns - self._packed_ns,
+            perf_counter_ns() - self._computed_ns,
+        )

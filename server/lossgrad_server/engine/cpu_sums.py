@@ -138,7 +138,6 @@ def fold_runs(values: int, run_count: int, length: int, sums: int, lost: int) ->
     Leaves `run_count` sums and what they lost at `sums` and `lost`, where there is room for all the values.
     """
     source = array_at(values, run_count * length, np.float64)
-    total = array_at(sums, run_count * length, np.float64)
     error = array_at(lost, run_count * length, np.float64)
     # First the runs' first values, then their second: so one addition adds the same lanes of all runs.
     for k in range(length):

@@ -2,7 +2,7 @@
 
 Owned by one thread, the batcher's: all methods are called from it, and nothing here locks. It computes small requests by
 itself, a batch of them in one call into machine code. Large ones are cut into pieces, and each piece is shared with the
-worker's other threads; whoever calls `begin` decides what else runs between two pieces. While machine code runs, nobody
+worker's other threads; whoever advances a pending decides what else runs between two pieces. While machine code runs, nobody
 holds the GIL, unless it is over sooner than taking it back would be.
 """
 
@@ -18,9 +18,10 @@ from typing import Final
 from lossgrad_server.engine.cpu_kernel import load_kernel
 from lossgrad_server.engine.cpu_layout import CHUNK, LANES, Program, program_of
 from lossgrad_server.engine.cpu_memory import Arena, OperandMismatch, output_memory
-from lossgrad_server.engine.cpu_pieces import Pieces
+from lossgrad_server.engine.cpu_pieces import PendingPieces, Pieces
 from lossgrad_server.errors import InternalError
-from lossgrad_server.work import BatchResult, Buffer, FailureKind, WorkFailure, WorkItem, WorkResult
+from lossgrad_server.jobs import JobPlan, unpack_header
+from lossgrad_server.work import BatchResult, Buffer, Done, FailureKind, Pending, WorkFailure, WorkItem, WorkResult
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,31 @@ class CpuWorker:
         """The device's name, as torch writes it."""
         return "cpu"
 
+    @property
+    def slots(self) -> int:
+        """Two: a large request that is under way, and the batches that run between its pieces."""
+        return 2
+
+    @property
+    def is_lost(self) -> bool:
+        """Never: a CPU does not fail alone."""
+        return False
+
+    def is_large(self, plan: JobPlan) -> bool:
+        """Return whether a request is computed in pieces."""
+        return plan.element_count * len(plan.specs) > self._piece_work
+
+    def submit(self, items: Sequence[WorkItem]) -> Pending:
+        """Compute the items at once, but a large one that comes alone in the pieces that its pending is advanced by."""
+        if len(items) != 1 or not self.is_large(unpack_header(items[0].header)):
+            return Done(self.run(items))
+        started = perf_counter_ns()
+        try:
+            pieces = self.begin(items[0])
+        except Exception as error:
+            return Done(BatchResult([failure(error, program_of(items[0].header))], 0, 0, 0))
+        return PendingPieces(pieces, lambda error: failure(error, program_of(items[0].header)), started)
+
     def warm_up(self) -> None:
         """Compile the kernels, or read them from the cache, and allocate what is kept between batches."""
         self._arena = Arena(load_kernel(), self._threads)
@@ -72,7 +98,7 @@ class CpuWorker:
         started = perf_counter_ns()
         try:
             programs = [program_of(item.header) for item in items]
-            if any([program.work > self._piece_work for program in programs]):
+            if any(program.work > self._piece_work for program in programs):
                 programs.clear()
         except Exception:
             programs = []
@@ -144,9 +170,7 @@ class CpuWorker:
         except Exception as error:
             if len(items) == 1:
                 return [failure(error, programs[0])]
-            return [
-                self._run_small([item], [program], times)[0] for item, program in zip(items, programs, strict=True)
-            ]
+            return [self._run_small([item], [program], times)[0] for item, program in zip(items, programs, strict=True)]
         computed = perf_counter_ns()
         outcomes: list[Outcome] = []
         first_byte = first_result = 0

@@ -30,9 +30,16 @@ from lossgrad_server.work import BatchResult, FailureKind, WorkFailure, WorkItem
 logger = logging.getLogger(__name__)
 
 SLOTS: Final = 3
+# Raised whenever the same request may get other bits from this engine than from the one before.
+KERNEL_VERSION: Final = 1
 _MIB: Final = 1024 * 1024
 # More than what is lost because each of a launch's tables starts on an alignment.
 _TABLES_ROUNDED_BYTES: Final = 8192
+
+
+def determinism() -> str:
+    """Return what the results' bits depend on, beside the device's model. Equal strings mean equal bits."""
+    return f"lossgrad-cuda {KERNEL_VERSION}"
 
 
 class CudaWorker:
@@ -72,6 +79,15 @@ class CudaWorker:
     def is_lost(self) -> bool:
         """Whether the device failed in a way that only a new process can recover from."""
         return self._lost is not None
+
+    @property
+    def slots(self) -> int:
+        """How many batches may be under way at a time."""
+        return SLOTS
+
+    def is_large(self, plan: JobPlan) -> bool:
+        """Return whether a request is copied in pieces, and has device memory of its own."""
+        return plan.input_byte_count + plan.output_byte_count > self._alone_bytes
 
     def warm_up(self) -> None:
         """Allocate the slots, and compute every kind of job once, so that all kernels are compiled and loaded."""

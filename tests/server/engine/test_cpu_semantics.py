@@ -1,4 +1,4 @@
-"""The compiled CPU engine, held against hand arithmetic, the reference and torch: the same tests that the plain one passes."""
+"""The compiled CPU engine, held against hand arithmetic, the reference and torch: the plain one's tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from lossgrad_server.engine.cpu_worker import CpuWorker
 from lossgrad_server.work import DeviceWorker
 from tests.server.engine.test_against_torch import *  # noqa: F403
-from tests.server.engine.test_worker_semantics import *  # noqa: F403
+from tests.server.engine.test_worker_semantics import *  # type: ignore[assignment]  # noqa: F403
 
 
 @pytest.fixture(scope="module")

@@ -252,7 +252,7 @@ class TestCache:
         monkeypatch.setattr(cpu_native, "__file__", str(tmp_path / "cpu_native.py"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nobody"))
         monkeypatch.setattr(cpu_native, "is_writable", lambda _: False)
-        entry = cpu_native._compile("int64(int64)", _double)
+        entry = cpu_native._compile("lossgrad_double", "int64(int64)", _double)
         assert entry.ctypes(21) == 42
         assert "NUMBA_CACHE_DIR" in caplog.text
 
@@ -265,7 +265,7 @@ class TestCache:
         monkeypatch.setattr(cpu_native.config, "CACHE_DIR", str(tmp_path))
         monkeypatch.setattr(cpu_native.config, "CACHE_LOCATOR_CLASSES", f"{cpu_native.__name__}.CacheDirectory")
         monkeypatch.setattr(cpu_native, "is_writable", lambda _: False)
-        entry = cpu_native._compile("int64(int64)", _double)
+        entry = cpu_native._compile("lossgrad_double", "int64(int64)", _double)
         assert entry.ctypes(21) == 42
         assert [path.name for path in directory.iterdir()] == ["cpu_x-1.py311.nbi"]
         assert "NUMBA_CACHE_DIR" in caplog.text
@@ -278,7 +278,7 @@ class TestCache:
         hits: list[Any] = []
         for digest in ("one", "one", "another"):
             monkeypatch.setattr(cpu_native, "source_digest", lambda digest=digest: digest)
-            hits.append(cpu_native._compile("int64(int64)", _double).cache_hits)
+            hits.append(cpu_native._compile("lossgrad_double", "int64(int64)", _double).cache_hits)
         assert hits == [0, 1, 0]
 
 

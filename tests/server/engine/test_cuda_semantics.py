@@ -70,7 +70,7 @@ def test_a_batch_of_every_loss_reduction_and_shape_is_the_reference_s(
         if extras in ("mask", "both"):
             options["mask"] = random.random(shape) < 0.6
         jobs += random_jobs(41, data_type, shape, **options)
-    outcomes = worker.run([one.item for one in jobs]).outcomes
+    outcomes = worker.submit([one.item for one in jobs]).result().outcomes
     for one, outcome in zip(jobs, outcomes, strict=True):
         assert isinstance(outcome, WorkResult)
         reference.assert_matches(one.plan, one.operands, outcome)

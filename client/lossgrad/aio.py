@@ -1,0 +1,356 @@
+"""AsyncLossClient: the client for asyncio. It shares calls.py, feed.py, window.py, loss_methods.py with LossClient.
+
+A client belongs to the event loop in which it is first used, as grpc.aio's channels do, and says so when used in
+another. Each running `stream` has one task of its own, which only moves received messages into a queue; the caller's
+iterable, packing and unpacking stay in the caller's task. Concurrent small calls share a stream: coalescer.py.
+"""
+
+# ruff: noqa: ASYNC109 - the timeout goes to the server as the call's deadline, which asyncio.timeout would not do
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NoReturn, Self, Unpack, overload
+
+import grpc
+import grpc.aio
+
+from lossgrad.calls import (
+    HEALTH_CHECK,
+    HEALTH_REQUEST,
+    Answer,
+    Losses,
+    as_losses,
+    deadline_seconds,
+    prepare,
+    read_info,
+    require_serving,
+    stream_ended,
+)
+from lossgrad.channel import ChannelSettings, connect_aio
+from lossgrad.coalescer import Coalescer
+from lossgrad.errors import Cancelled, LossgradError, from_rpc_error
+from lossgrad.feed import ComputeOptions, OnError, PairFeed, StreamOptions
+from lossgrad.loss_methods import LossMethods
+from lossgrad.losses import Loss
+from lossgrad.results import LossResult, ServerInfo
+from lossgrad.task_stream import TaskStream
+from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
+from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
+
+
+class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
+    """LossClient for asyncio: the same arguments, methods and results, awaited. Use it as an async context manager.
+
+    Calls with small tensors that are under way at the same time travel together, many to a message, which takes a small
+    part of the time that calls of their own would take: `await asyncio.gather(*(client.l1(a, b) for a, b in pairs))`. Each
+    keeps its own timeout, cancellation and error. `coalesce=False` makes every call a call of its own.
+    """
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        token: str | None = None,
+        tls: bool | None = None,
+        ca: str | Path | bytes | None = None,
+        cert: str | Path | bytes | None = None,
+        key: str | Path | bytes | None = None,
+        timeout: float | None = None,
+        retries: int | None = None,
+        max_message_bytes: int | None = None,
+        coalesce: bool | None = None,
+    ) -> None:
+        self._settings = ChannelSettings.resolve(
+            target,
+            token=token,
+            tls=tls,
+            ca=ca,
+            cert=cert,
+            key=key,
+            timeout=timeout,
+            retries=retries,
+            max_message_bytes=max_message_bytes,
+            coalesce=coalesce,
+        )
+        self._metadata = self._settings.metadata
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._connection: _Connection | None = None
+        self._is_closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._settings.target!r})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"an {type(self).__name__} holds a connection and cannot be pickled; make one in each process")
+
+    @overload
+    async def compute(self, input: Any, target: Any, losses: Loss, **options: Unpack[ComputeOptions]) -> LossResult: ...
+
+    @overload
+    async def compute(
+        self, input: Any, target: Any, losses: Sequence[Loss], **options: Unpack[ComputeOptions]
+    ) -> tuple[LossResult, ...]: ...
+
+    async def compute(
+        self,
+        input: Any,
+        target: Any,
+        losses: Losses,
+        *,
+        weight: Any = None,
+        mask: Any = None,
+        allow_broadcast: bool = False,
+        timeout: float | None = None,
+        idempotency_key: str = "",
+    ) -> Answer:
+        """Compute one loss, or several over the same tensors in one pass: `[SmoothL1(beta=0.1), L1()]`.
+
+        The options are those of the methods `smooth_l1`, `huber`, `l1` and `mse`. Raises LossgradError.
+        """
+        specs, is_single = as_losses(losses)
+        request = prepare(
+            input,
+            target,
+            specs,
+            is_single=is_single,
+            max_message_bytes=self._settings.max_message_bytes,
+            weight=weight,
+            mask=mask,
+            allow_broadcast=allow_broadcast,
+            idempotency_key=idempotency_key,
+        )
+        connection = self._connected()
+        if connection.coalescer is not None and connection.coalescer.takes(request):
+            return await connection.coalescer.compute(request, deadline_seconds(timeout, self._settings.timeout))
+        start = time.perf_counter()
+        answer = await self._call(connection.compute, request.message(), timeout)
+        return request.read(answer, time.perf_counter() - start)
+
+    def _compute_one(
+        self, input: Any, target: Any, loss: Loss, options: dict[str, Any]
+    ) -> Coroutine[Any, Any, LossResult]:
+        return self.compute(input, target, loss, **options)
+
+    @overload
+    def stream(
+        self,
+        pairs: Iterable[Any] | AsyncIterable[Any],
+        losses: Loss,
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[StreamOptions],
+    ) -> AsyncIterator[LossResult]: ...
+
+    @overload
+    def stream(
+        self,
+        pairs: Iterable[Any] | AsyncIterable[Any],
+        losses: Sequence[Loss],
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[StreamOptions],
+    ) -> AsyncIterator[tuple[LossResult, ...]]: ...
+
+    @overload
+    def stream(
+        self,
+        pairs: Iterable[Any] | AsyncIterable[Any],
+        losses: Losses,
+        *,
+        on_error: OnError,
+        **options: Unpack[StreamOptions],
+    ) -> AsyncIterator[Any]: ...
+
+    def stream(
+        self,
+        pairs: Iterable[Any] | AsyncIterable[Any],
+        losses: Losses,
+        *,
+        in_flight: int = DEFAULT_IN_FLIGHT,
+        in_flight_bytes: int = DEFAULT_IN_FLIGHT_BYTES,
+        allow_broadcast: bool = False,
+        timeout: float | None = None,
+        on_error: OnError = "raise",
+    ) -> AsyncIterator[Any]:
+        """Compute the losses of many pairs of tensors, as LossClient.stream. `pairs` may be an async iterable."""
+        feed = PairFeed(
+            self._settings,
+            losses,
+            on_error,
+            in_flight=in_flight,
+            in_flight_bytes=in_flight_bytes,
+            allow_broadcast=allow_broadcast,
+            timeout=timeout,
+        )
+        return self._run_stream(pairs, feed)
+
+    async def compute_many(
+        self,
+        pairs: Iterable[Any] | AsyncIterable[Any],
+        losses: Losses,
+        *,
+        on_error: OnError = "raise",
+        **options: Unpack[StreamOptions],
+    ) -> list[Any]:
+        """Return the results of `stream` as a list; the options are its own."""
+        return [result async for result in self.stream(pairs, losses, on_error=on_error, **options)]
+
+    async def info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Ask the server what it is, what it computes on, and its limits."""
+        return read_info(await self._call(self._connected().info, b"", timeout))
+
+    async def ping(self, *, timeout: float | None = None) -> float:
+        """Ask the server whether it serves; return the seconds of a round trip. Raises Unavailable if it does not."""
+        connection = self._connected()
+        try:
+            answer = await self._call(connection.health, HEALTH_REQUEST, timeout)
+        except LossgradError as error:
+            if error.code is not grpc.StatusCode.UNIMPLEMENTED:
+                raise
+        else:
+            require_serving(answer, self._settings.target)
+        start = time.perf_counter()  # the first call has connected
+        await self._call(connection.info, b"", timeout)
+        return time.perf_counter() - start
+
+    async def close(self) -> None:
+        """End the connection, and with it every call under way. Idempotent."""
+        self._is_closed = True
+        if self._connection is not None:
+            self._check_loop()
+            connection, self._connection = self._connection, None
+            if connection.coalescer is not None:
+                await connection.coalescer.close()
+            await connection.channel.close()
+
+    def _connected(self) -> _Connection:
+        self._check_loop()
+        if self._is_closed:
+            raise RuntimeError("this client is closed; make a new one")
+        if self._connection is None:
+            self._connection = _Connection(connect_aio(self._settings))
+            if self._settings.coalesce:
+                self._connection.coalescer = Coalescer(self._settings, self._open_stream)
+        return self._connection
+
+    def _check_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise RuntimeError(
+                "this AsyncLossClient belongs to another event loop, the one in which it was first used; make one client "
+                "in each asyncio.run(), or use LossClient from several threads"
+            )
+
+    async def _call(self, method: Any, message: bytes, timeout: float | None) -> bytes:
+        seconds = deadline_seconds(timeout, self._settings.timeout)
+        try:
+            answer: bytes = await method(message, timeout=seconds, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._settings.target) from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # grpc.aio raises this too when the channel is closed under a call, which cancels no task.
+            raise Cancelled("the client was closed during the call", grpc.StatusCode.CANCELLED) from error
+        return answer
+
+    async def _run_stream(self, pairs: Iterable[Any] | AsyncIterable[Any], feed: PairFeed) -> AsyncIterator[Any]:
+        """Drive the window: fill it, give back what is ready, and wait only when neither can be done."""
+        window = feed.window
+        stream = TaskStream(self._open_stream)
+        pull = _puller(pairs)
+        has_more = True
+        try:
+            while True:
+                while has_more and window.has_room and not window.may_give_back:
+                    start = time.perf_counter()
+                    try:
+                        pair = await pull()
+                    except StopAsyncIteration:
+                        has_more = False
+                        break
+                    pull_seconds = time.perf_counter() - start
+                    await stream.send(feed.add(pair))
+                    await stream.send(window.flush_if_slow(pull_seconds))
+                    await self._take_received(stream, window, block=False)
+                await stream.send(window.flush())
+                for outcome in feed.take_ready():
+                    yield outcome
+                if window.is_empty and not has_more:
+                    return
+                if not (has_more and window.has_room):
+                    await self._take_received(stream, window, block=True)
+                    await stream.send(window.take_due())
+        finally:
+            await stream.close()
+
+    async def _take_received(self, stream: TaskStream, window: StreamWindow, *, block: bool) -> None:
+        """Hand the window what has come; reopen the stream where it broke."""
+        for received in await stream.received(window.seconds_to_wait() if block else 0.0):
+            delay = 0.0
+            if isinstance(received, bytes):
+                window.receive(received)
+                if not window.must_reopen:
+                    continue
+                window.must_reopen = False
+            else:
+                error = stream_ended(received, self._settings.target)
+                seconds = window.break_stream(error)
+                if seconds is None:
+                    raise error from received
+                delay = seconds
+            await stream.close()
+            await asyncio.sleep(delay)
+            await stream.send(window.resend())
+            return
+
+    def _open_stream(self) -> Any:
+        return self._connected().stream(timeout=None, metadata=self._metadata)
+
+
+class _Connection:
+    """A channel, its four methods on bytes, and what shares its streams."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self.compute: Any = channel.unary_unary(COMPUTE_LOSS)
+        self.info: Any = channel.unary_unary(GET_SERVER_INFO)
+        self.health: Any = channel.unary_unary(HEALTH_CHECK)
+        self.stream: Any = channel.stream_stream(STREAM_COMPUTE_LOSS)
+        self.coalescer: Coalescer | None = None
+
+
+def _puller(pairs: Iterable[Any] | AsyncIterable[Any]) -> Callable[[], Coroutine[Any, Any, Any]]:
+    """Return a function that gives the next pair, and raises StopAsyncIteration after the last."""
+    if isinstance(pairs, AsyncIterable):
+        asynchronous = aiter(pairs)
+
+        async def pull_async() -> Any:
+            return await anext(asynchronous)
+
+        return pull_async
+    iterator = iter(pairs)
+    end = object()
+
+    async def pull() -> Any:
+        pair = next(iterator, end)
+        if pair is end:
+            raise StopAsyncIteration
+        return pair
+
+    return pull

@@ -1,0 +1,267 @@
+"""What a call needs before it is sent and after it is answered; the same for every client, sync or not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from lossgrad.errors import InvalidRequest, LossgradError, RequestTooLarge, ServerError, Unavailable, from_rpc_error
+from lossgrad.losses import Loss
+from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing, new_loss_result, new_timing
+from lossgrad.tensors import NAMES, NUMPY, Family, is_plain, promote, read_mask, read_pair, read_weight
+from lossgrad_api.codec import (
+    SERVICE,
+    Buffer,
+    CodecError,
+    ResponseView,
+    ResultView,
+    decode_compute_response,
+    encode_compute_request,
+)
+from lossgrad_api.v1 import loss_service_pb2 as pb
+
+HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
+# grpc.health.v1.HealthCheckRequest{service: SERVICE}; two fields are not worth depending on another package.
+HEALTH_REQUEST: Final = b"\x0a" + bytes((len(SERVICE),)) + SERVICE.encode()
+_SERVING: Final = b"\x08\x01"
+_MAX_SPECS: Final = 16
+# Below this a request is joined when it is made. A second copy costs less there than handling parts, and the caller may
+# use the arrays for something else.
+JOINED_BYTES: Final = 256 * 1024
+_MAX_FORMS: Final = 1024
+
+Losses = Loss | Sequence[Loss]
+Answer = LossResult | tuple[LossResult, ...]
+
+
+@dataclass(slots=True, eq=False)  # not frozen: that takes a microsecond, and every call has one
+class Request:
+    """A request ready to send: its parts, and how to read its answer.
+
+    The parts of a large one are views into the caller's arrays. A small one has a single part, which is a copy.
+    """
+
+    parts: list[Buffer]
+    byte_count: int
+    losses: tuple[Loss, ...]
+    is_single: bool
+    input_family: Family
+    target_family: Family
+    result_type: int
+
+    def message(self) -> bytes:
+        """Return the message: the one copy of the caller's elements."""
+        return b"".join(self.parts)
+
+    def read(self, message: bytes, round_trip_seconds: float) -> Answer:
+        """Return what a ComputeLossResponse says."""
+        try:
+            return self.read_view(decode_compute_response(message), round_trip_seconds)
+        except CodecError as error:
+            raise ServerError(f"the server's answer cannot be read: {error}") from error
+
+    def read_view(self, view: ResponseView, round_trip_seconds: float) -> Answer:
+        """Return what an answer says, in the caller's kind of arrays."""
+        stats, results, idempotency_key = view
+        if len(results) != len(self.losses):
+            raise ServerError(f"the server gave {len(results)} results for {len(self.losses)} losses")
+        timing = new_timing(stats, round_trip_seconds)
+        if self.is_single:
+            return self._result(self.losses[0], results[0], timing, idempotency_key)
+        return tuple(
+            self._result(spec, result, timing, idempotency_key)
+            for spec, result in zip(self.losses, results, strict=True)
+        )
+
+    def _result(self, spec: Loss, result: ResultView, timing: Timing, idempotency_key: str) -> LossResult:
+        value, tensor, element_count, weight_sum, nonfinite_count, target_gradient, gradient = result
+        family = self.input_family
+        if value is not None:
+            loss = family.scalar(value, self.result_type)
+        elif tensor is not None:
+            loss = family.tensor(tensor)
+        else:
+            raise ServerError(f"the server's answer has no loss for {spec!r}")
+        if spec.gradient and gradient is None:
+            raise ServerError(f"the server's answer has no gradient for {spec!r}")
+        return new_loss_result(
+            loss,
+            value,
+            None if gradient is None else family.tensor(gradient),
+            None if target_gradient is None else self.target_family.tensor(target_gradient),
+            element_count,
+            weight_sum,
+            nonfinite_count,
+            timing,
+            spec,
+            idempotency_key,
+        )
+
+
+class _Form(NamedTuple):
+    """What requests for NumPy arrays of the same shapes, types and losses have in common."""
+
+    target_head: Buffer  # all up to the target's elements
+    input_head: Buffer  # all between those and the input's
+    byte_count: int
+    result_type: int
+
+
+_forms: dict[tuple[Any, ...], _Form] = {}
+
+
+def as_losses(losses: Losses) -> tuple[tuple[Loss, ...], bool]:
+    """Return the losses as a tuple, and whether the caller gave just one."""
+    if isinstance(losses, Loss):
+        return (losses,), True
+    several = tuple(losses) if isinstance(losses, Iterable) else (losses,)
+    for loss in several:
+        if not isinstance(loss, Loss):
+            raise InvalidRequest(
+                f"losses holds {loss!r} ({type(loss).__name__}); give lossgrad.SmoothL1(), Huber(), L1() or MSE(), or a "
+                "list of them",
+                reason="UNKNOWN_LOSS",
+                field="losses",
+            )
+    if not 1 <= len(several) <= _MAX_SPECS:
+        raise InvalidRequest(
+            f"losses holds {len(several)} losses; one request takes 1 to {_MAX_SPECS}",
+            reason="SPEC_COUNT",
+            field="losses",
+        )
+    return several, False
+
+
+def prepare(
+    input: Any,
+    target: Any,
+    losses: tuple[Loss, ...],
+    *,
+    is_single: bool,
+    max_message_bytes: int,
+    weight: Any = None,
+    mask: Any = None,
+    allow_broadcast: bool = False,
+    idempotency_key: str = "",
+) -> Request:
+    """Return the request for these tensors. Raises InvalidRequest and RequestTooLarge before anything is sent."""
+    specs = [loss.serialized for loss in losses]
+    form_key: tuple[Any, ...] | None = None
+    if weight is None and mask is None and not idempotency_key and is_plain(input) and is_plain(target):
+        form_key = (input.dtype, input.shape, target.dtype, target.shape, allow_broadcast, *specs)
+        form = _forms.get(form_key)
+        if form is not None:
+            target_head, input_head, byte_count, result_type = form
+            _check_size(byte_count, max_message_bytes)
+            if byte_count < JOINED_BYTES:
+                parts: list[Buffer] = [b"".join((target_head, target.data, input_head, input.data))]
+            else:
+                parts = [target_head, target.data.cast("B"), input_head, input.data.cast("B")]
+            return Request(parts, byte_count, losses, is_single, NUMPY, NUMPY, result_type)
+    first, second = read_pair(input, target)
+    parts = encode_compute_request(
+        specs,
+        first.wire,
+        second.wire,
+        weight=None if weight is None else read_weight(weight),
+        mask=None if mask is None else read_mask(mask),
+        allow_broadcast=allow_broadcast,
+        idempotency_key=idempotency_key,
+    )
+    byte_count = sum(map(len, parts))
+    _check_size(byte_count, max_message_bytes)
+    result_type = promote(first.wire.data_type, second.wire.data_type)
+    if form_key is not None:
+        if len(_forms) >= _MAX_FORMS:  # rare enough that starting over is the simplest bound
+            _forms.clear()
+        _forms[form_key] = _Form(parts[0], parts[2], byte_count, result_type)
+    if byte_count < JOINED_BYTES:
+        parts = [b"".join(parts)]
+    return Request(parts, byte_count, losses, is_single, first.family, second.family, result_type)
+
+
+def _check_size(byte_count: int, max_message_bytes: int) -> None:
+    if byte_count > max_message_bytes:
+        raise RequestTooLarge(
+            f"this request takes {byte_count} bytes, the limit is {max_message_bytes}; send fewer elements at a time, or "
+            "raise max_message_bytes here and LOSSGRAD_MAX_MESSAGE_BYTES on the server",
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "MESSAGE_TOO_LARGE",
+        )
+
+
+def split_pair(pair: Any) -> tuple[Any, Any, Mapping[str, Any]]:
+    """Return input, target and options of one item of a stream: (input, target) or (input, target, options)."""
+    if isinstance(pair, (tuple, list)) and len(pair) in (2, 3):
+        options = pair[2] if len(pair) == 3 else {}
+        if isinstance(options, Mapping):
+            unknown = set(options) - {"weight", "mask", "idempotency_key"}
+            if not unknown:
+                return pair[0], pair[1], options
+            raise InvalidRequest(
+                f"a pair's options hold {sorted(map(str, unknown))}; they may hold 'weight', 'mask', 'idempotency_key'",
+                field="pairs",
+            )
+    size = f" of {len(pair)}" if isinstance(pair, (tuple, list)) else ""
+    raise InvalidRequest(
+        f"pairs holds a {type(pair).__name__}{size}; give (input, target) or "
+        "(input, target, {'weight': ..., 'mask': ...})",
+        field="pairs",
+    )
+
+
+def deadline_seconds(timeout: float | None, default: float) -> float | None:
+    """Return the timeout as gRPC takes it: None for no limit."""
+    seconds = default if timeout is None else timeout
+    if not seconds > 0:
+        raise InvalidRequest(
+            f"timeout is {seconds!r} seconds; it must be above 0 (math.inf: no limit)",
+            reason="BAD_TIMEOUT",
+            field="timeout",
+        )
+    return None if math.isinf(seconds) else float(seconds)
+
+
+def read_info(message: bytes) -> ServerInfo:
+    """Return what a GetServerInfoResponse says."""
+    try:
+        info = pb.GetServerInfoResponse.FromString(message)
+    except DecodeError as error:
+        raise ServerError("the server's answer is not a lossgrad_api.v1.GetServerInfoResponse") from error
+    return ServerInfo(
+        server_version=info.server_version,
+        torch_version=info.torch_version,
+        device=info.device,
+        data_types=tuple(NAMES.get(number, f"unknown ({number})") for number in info.data_types),
+        limits=ServerLimits(
+            info.limits.max_message_bytes,
+            info.limits.max_queued_requests,
+            info.limits.max_queued_bytes,
+            info.limits.max_stream_requests,
+        ),
+        determinism=info.determinism,
+    )
+
+
+def require_serving(message: bytes, target: str) -> None:
+    """Raise Unavailable unless a HealthCheckResponse says SERVING."""
+    if message != _SERVING:
+        raise Unavailable(
+            f"the server at {target!r} is up, but does not serve now: it starts or drains", grpc.StatusCode.UNAVAILABLE
+        )
+
+
+def stream_ended(ending: Exception | None, target: str) -> LossgradError:
+    """Return what the end of a stream with requests unanswered means: an error, or None where the server ended it."""
+    if ending is None:
+        return Unavailable("the server ended the stream before it had answered", grpc.StatusCode.UNAVAILABLE)
+    if isinstance(ending, LossgradError):
+        return ending
+    if isinstance(ending, grpc.RpcError):
+        return from_rpc_error(ending, target)
+    raise ending

@@ -1,0 +1,384 @@
+"""LossClient: the client for threads. What it shares with AsyncLossClient is in calls.py, window.py, loss_methods.py.
+
+A client may be used from any number of threads. Its gRPC channel belongs to the process: after a fork the child makes
+its own at its first call and never touches the parent's. Each running `stream` has one thread of its own, which only
+moves received messages into a queue; the caller's iterable, packing and unpacking stay in the caller's thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NoReturn, Protocol, Self, Unpack, overload
+
+import grpc
+
+from lossgrad.calls import (
+    HEALTH_CHECK,
+    HEALTH_REQUEST,
+    Answer,
+    Losses,
+    as_losses,
+    deadline_seconds,
+    prepare,
+    read_info,
+    require_serving,
+    stream_ended,
+)
+from lossgrad.channel import ChannelSettings, connect
+from lossgrad.errors import LossgradError, from_rpc_error
+from lossgrad.feed import ComputeOptions, OnError, PairFeed, StreamOptions
+from lossgrad.loss_methods import LossMethods
+from lossgrad.losses import Loss
+from lossgrad.results import LossResult, ServerInfo
+from lossgrad.thread_stream import ThreadStream, inherited
+from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
+from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
+
+
+class Channel(Protocol):
+    """What a client needs of a channel: grpc.Channel has it, and so has the in-process one of `embedded()`."""
+
+    def unary_unary(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
+        """Return a callable (request, timeout, metadata) -> response."""
+
+    def stream_stream(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
+        """Return a callable (request_iterator, timeout, metadata) -> response iterator."""
+
+    def close(self) -> None:
+        """End everything under way."""
+
+
+class LossClient(LossMethods[LossResult]):
+    """Computes losses on a lossgrad server. Use it as a context manager, or call `close`.
+
+    Every argument left out is read from its environment variable, LOSSGRAD_TARGET and so on.
+
+    `target` is a gRPC target: "host:port", "dns:///host:port", "unix:/path" (localhost:50051). `token` is sent as a
+    bearer token. `ca`, `cert` and `key` (PEM: paths, or bytes) turn TLS on; `tls=True` alone trusts the system's
+    authorities. `timeout` is each call's, in seconds (30). `retries` is how often a call that found the server
+    unavailable is sent again (2). `max_message_bytes` is the largest message to send or take (256 MiB).
+    """
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        token: str | None = None,
+        tls: bool | None = None,
+        ca: str | Path | bytes | None = None,
+        cert: str | Path | bytes | None = None,
+        key: str | Path | bytes | None = None,
+        timeout: float | None = None,
+        retries: int | None = None,
+        max_message_bytes: int | None = None,
+    ) -> None:
+        settings = ChannelSettings.resolve(
+            target,
+            token=token,
+            tls=tls,
+            ca=ca,
+            cert=cert,
+            key=key,
+            timeout=timeout,
+            retries=retries,
+            max_message_bytes=max_message_bytes,
+        )
+        self._set_up(settings, None)
+
+    @classmethod
+    def from_channel(
+        cls,
+        channel: Channel,
+        *,
+        target: str = "the channel's target",
+        timeout: float | None = None,
+        retries: int | None = None,
+        max_message_bytes: int | None = None,
+    ) -> Self:
+        """Return a client over a channel of the caller's own, with interceptors perhaps; `close` closes it too.
+
+        `target` is what errors call the server. `retries` are those of streams; unary calls have the channel's.
+        """
+        calls = ("LOSSGRAD_TIMEOUT", "LOSSGRAD_RETRIES", "LOSSGRAD_MAX_MESSAGE_BYTES")
+        client = cls.__new__(cls)
+        settings = ChannelSettings.resolve(
+            target,
+            timeout=timeout,
+            retries=retries,
+            max_message_bytes=max_message_bytes,
+            environment={name: os.environ[name] for name in calls if name in os.environ},
+        )
+        client._set_up(settings, channel)
+        return client
+
+    def _set_up(self, settings: ChannelSettings, channel: Channel | None) -> None:
+        self._settings = settings
+        self._metadata = settings.metadata
+        self._given = channel
+        self._lock = threading.Lock()
+        self._connection: _Connection | None = None
+        self._is_closed = False
+        self._pid = os.getpid()
+        _clients.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._settings.target!r})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} holds a connection and cannot be pickled; make one in each process")
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # a copy of what holds it, such as a module, goes on using the same connection
+
+    @overload
+    def compute(self, input: Any, target: Any, losses: Loss, **options: Unpack[ComputeOptions]) -> LossResult: ...
+
+    @overload
+    def compute(
+        self, input: Any, target: Any, losses: Sequence[Loss], **options: Unpack[ComputeOptions]
+    ) -> tuple[LossResult, ...]: ...
+
+    def compute(
+        self,
+        input: Any,
+        target: Any,
+        losses: Losses,
+        *,
+        weight: Any = None,
+        mask: Any = None,
+        allow_broadcast: bool = False,
+        timeout: float | None = None,
+        idempotency_key: str = "",
+    ) -> Answer:
+        """Compute one loss, or several over the same tensors in one pass: `[SmoothL1(beta=0.1), L1()]`.
+
+        The options are those of the methods `smooth_l1`, `huber`, `l1` and `mse`. Raises LossgradError.
+        """
+        specs, is_single = as_losses(losses)
+        request = prepare(
+            input,
+            target,
+            specs,
+            is_single=is_single,
+            max_message_bytes=self._settings.max_message_bytes,
+            weight=weight,
+            mask=mask,
+            allow_broadcast=allow_broadcast,
+            idempotency_key=idempotency_key,
+        )
+        start = time.perf_counter()
+        answer = self._call(self._connected().compute, request.message(), timeout)
+        return request.read(answer, time.perf_counter() - start)
+
+    def _compute_one(self, input: Any, target: Any, loss: Loss, options: dict[str, Any]) -> LossResult:
+        return self.compute(input, target, loss, **options)
+
+    @overload
+    def stream(
+        self,
+        pairs: Iterable[Any],
+        losses: Loss,
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[StreamOptions],
+    ) -> Iterator[LossResult]: ...
+
+    @overload
+    def stream(
+        self,
+        pairs: Iterable[Any],
+        losses: Sequence[Loss],
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[StreamOptions],
+    ) -> Iterator[tuple[LossResult, ...]]: ...
+
+    @overload
+    def stream(
+        self, pairs: Iterable[Any], losses: Losses, *, on_error: OnError, **options: Unpack[StreamOptions]
+    ) -> Iterator[Any]: ...
+
+    def stream(
+        self,
+        pairs: Iterable[Any],
+        losses: Losses,
+        *,
+        in_flight: int = DEFAULT_IN_FLIGHT,
+        in_flight_bytes: int = DEFAULT_IN_FLIGHT_BYTES,
+        allow_broadcast: bool = False,
+        timeout: float | None = None,
+        on_error: OnError = "raise",
+    ) -> Iterator[Any]:
+        """Compute the losses of many pairs of tensors; give the results in the order of the pairs.
+
+        A pair is (input, target) or (input, target, {"weight": ..., "mask": ...}). Small ones travel many to a message.
+        At most `in_flight` pairs, and about `in_flight_bytes` of them, are held at a time; `pairs` is read no further
+        ahead, in the caller's thread, and its arrays may be reused once the next pair is asked for. `timeout` is each
+        pair's, from being sent. A pair that fails raises at its turn, or with on_error="return" its error stands in the
+        place of its result and the rest go on. Where the stream itself breaks, it is opened again as often as the client
+        retries, and then raises.
+        """
+        feed = PairFeed(
+            self._settings,
+            losses,
+            on_error,
+            in_flight=in_flight,
+            in_flight_bytes=in_flight_bytes,
+            allow_broadcast=allow_broadcast,
+            timeout=timeout,
+        )
+        return self._run_stream(iter(pairs), feed)
+
+    def compute_many(
+        self,
+        pairs: Iterable[Any],
+        losses: Losses,
+        *,
+        on_error: OnError = "raise",
+        **options: Unpack[StreamOptions],
+    ) -> list[Any]:
+        """Return the results of `stream` as a list; the options are its own."""
+        return list(self.stream(pairs, losses, on_error=on_error, **options))
+
+    def info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Ask the server what it is, what it computes on, and its limits."""
+        return read_info(self._call(self._connected().info, b"", timeout))
+
+    def ping(self, *, timeout: float | None = None) -> float:
+        """Ask the server whether it serves; return the seconds of a round trip. Raises Unavailable if it does not."""
+        connection = self._connected()
+        try:
+            answer = self._call(connection.health, HEALTH_REQUEST, timeout)
+        except LossgradError as error:
+            if error.code is not grpc.StatusCode.UNIMPLEMENTED:
+                raise
+        else:
+            require_serving(answer, self._settings.target)
+        start = time.perf_counter()  # the first call has connected
+        self._call(connection.info, b"", timeout)
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        """End the connection, and with it every call under way. Idempotent."""
+        with self._lock:
+            self._is_closed = True
+            connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.channel.close()
+
+    def _connected(self) -> _Connection:
+        connection = self._connection
+        if connection is not None:
+            return connection
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("this client is closed; make a new one")
+            if self._connection is None:
+                if self._given is not None and self._pid != os.getpid():
+                    raise RuntimeError(
+                        "this client's channel belongs to the parent process; make a client after the fork"
+                    )
+                self._connection = _Connection(connect(self._settings) if self._given is None else self._given)
+            return self._connection
+
+    def _call(self, method: Any, message: bytes, timeout: float | None) -> bytes:
+        seconds = deadline_seconds(timeout, self._settings.timeout)
+        try:
+            answer: bytes = method(message, timeout=seconds, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._settings.target) from error
+        return answer
+
+    def _run_stream(self, pairs: Iterator[Any], feed: PairFeed) -> Iterator[Any]:
+        """Drive the window: fill it, give back what is ready, and wait only when neither can be done."""
+        window = feed.window
+        stream = ThreadStream(self._open_stream)
+        has_more = True
+        try:
+            while True:
+                while has_more and window.has_room and not window.may_give_back:
+                    start = time.perf_counter()
+                    try:
+                        pair = next(pairs)
+                    except StopIteration:
+                        has_more = False
+                        break
+                    pull_seconds = time.perf_counter() - start
+                    stream.send(feed.add(pair))
+                    stream.send(window.flush_if_slow(pull_seconds))
+                    self._take_received(stream, window, block=False)
+                stream.send(window.flush())
+                yield from feed.take_ready()
+                if window.is_empty and not has_more:
+                    return
+                if not (has_more and window.has_room):
+                    self._take_received(stream, window, block=True)
+                    stream.send(window.take_due())
+        finally:
+            stream.close()
+
+    def _take_received(self, stream: ThreadStream, window: StreamWindow, *, block: bool) -> None:
+        """Hand the window what has come; reopen the stream where it broke."""
+        for received in stream.received(window.seconds_to_wait() if block else 0.0):
+            delay = 0.0
+            if isinstance(received, bytes):
+                window.receive(received)
+                if not window.must_reopen:
+                    continue
+                window.must_reopen = False
+            else:
+                error = stream_ended(received, self._settings.target)
+                seconds = window.break_stream(error)
+                if seconds is None:
+                    raise error from received
+                delay = seconds
+            stream.close()
+            time.sleep(delay)
+            stream.send(window.resend())
+            return
+
+    def _open_stream(self, messages: Iterator[bytes]) -> Any:
+        return self._connected().stream(messages, timeout=None, metadata=self._metadata)
+
+
+class _Connection:
+    """A channel, and its four methods on bytes."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.compute = channel.unary_unary(COMPUTE_LOSS)
+        self.info = channel.unary_unary(GET_SERVER_INFO)
+        self.health = channel.unary_unary(HEALTH_CHECK)
+        self.stream = channel.stream_stream(STREAM_COMPUTE_LOSS)
+
+
+_clients: weakref.WeakSet[LossClient] = weakref.WeakSet()
+
+
+def _forget_connections() -> None:
+    """In a forked child: let go of the parent's connections."""
+    for client in list(_clients):
+        inherited.append(client._connection)
+        client._connection = None
+        client._lock = threading.Lock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_connections)

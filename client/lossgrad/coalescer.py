@@ -1,0 +1,209 @@
+"""The small calls of an AsyncLossClient, put together onto one stream. CallWindow decides; this is its I/O.
+
+Everything runs in the client's event loop. A call adds itself to the window and waits for its own future. A writer task
+lives while there is something to send: it starts when every task that is ready has had its turn, so that a gather's calls
+are all there, and takes what has come together each time that gRPC has taken the messages before. Each stream has a
+reader task. One timer serves all deadlines, all retries and the streams' age.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import grpc
+
+from lossgrad.call_window import CallWindow
+from lossgrad.calls import JOINED_BYTES, Answer, Request, stream_ended
+from lossgrad.channel import ChannelSettings
+from lossgrad.errors import Cancelled, LossgradError, ServerError
+from lossgrad.exchange import FRAME_BYTES, Item
+from lossgrad.task_stream import finish_stream, read_stream, write_stream
+
+# Larger requests are calls of their own. Below this a shared stream takes less processor time on both sides than unary
+# calls, for a lone caller too: with tensors of 1 and 64 KiB 0.85 and 0.9 of the client's, 0.65 of the server's. Above,
+# requests would no longer be joined when they are made, and would hold up small ones behind them.
+COALESCED_BYTES: Final = JOINED_BYTES
+# A balancer places streams, not messages, and a server that drains waits for streams to end: so none gets old, and none
+# is kept for nothing. A new one costs about as much as a unary call.
+MAX_AGE_SECONDS: Final = 10.0
+MAX_IDLE_SECONDS: Final = 1.0
+_MAX_CLOSE_SECONDS: Final = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One StreamComputeLoss call."""
+
+    number: int
+    call: Any
+    opened_at: float
+    used_at: float
+    is_old: bool = False  # to be written to no more
+    reader: asyncio.Task[None] | None = None
+
+
+class Coalescer:
+    """Puts calls onto a shared stream, each with its own deadline, cancellation and error."""
+
+    def __init__(self, settings: ChannelSettings, open_stream: Callable[[], Any]) -> None:
+        self._target = settings.target
+        self._open_stream = open_stream
+        self._loop = asyncio.get_running_loop()
+        self._window = CallWindow(
+            max_message_bytes=settings.max_message_bytes,
+            retries=settings.retries,
+            clock=self._loop.time,
+            deliver=_deliver,
+        )
+        self._limit_bytes = min(COALESCED_BYTES, settings.max_message_bytes - FRAME_BYTES)
+        self._streams: dict[int, _Stream] = {}
+        self._current: _Stream | None = None  # to write to; the others have only answers to come
+        self._opened = 0
+        self._writer: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
+
+    def takes(self, request: Request) -> bool:
+        """Whether a request is small enough."""
+        return request.byte_count < self._limit_bytes
+
+    async def compute(self, request: Request, timeout_seconds: float | None) -> Answer:
+        """Compute a request. Without a timeout it may take for ever."""
+        future: asyncio.Future[Answer | Exception] = self._loop.create_future()
+        call = self._window.add(request, timeout_seconds, future)
+        self._proceed()
+        try:
+            outcome = await future
+        except BaseException:  # cancelled, most likely
+            self._forget(call)
+            raise
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def close(self) -> None:
+        """End every call, and every stream."""
+        self._window.fail_all(lambda: Cancelled("the client was closed during the call", grpc.StatusCode.CANCELLED))
+        if self._timer is not None:
+            self._timer.cancel()
+        tasks = [task for task in (self._writer, *(stream.reader for stream in self._streams.values())) if task]
+        for stream in self._streams.values():
+            stream.call.cancel()
+        self._streams.clear()
+        self._current = None
+        if tasks:
+            # They end with their calls. Cancelling them would leave gRPC with operations that end after the event loop.
+            _, running = await asyncio.wait(tasks, timeout=_MAX_CLOSE_SECONDS)
+            for task in running:
+                task.cancel()
+
+    def _proceed(self) -> None:
+        """See to it that what is to be sent gets sent, and that the timer rings in time."""
+        is_left = self._current is not None and self._current.is_old
+        if self._writer is None and (is_left or self._window.has_to_send):
+            self._writer = self._loop.create_task(self._write())
+        self._ring_by(self._window.wake_at)
+
+    def _ring_by(self, when: float) -> None:
+        if when < self._timer_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = when
+            self._timer = self._loop.call_at(when, self._ring)
+
+    def _ring(self) -> None:
+        self._timer_at = math.inf
+        self._window.wake()
+        self._drop_deserted()
+        stream = self._current
+        if stream is not None:
+            now = self._loop.time()
+            unused_at = stream.used_at if self._window.is_idle else now
+            ends_at = min(stream.opened_at + MAX_AGE_SECONDS, unused_at + MAX_IDLE_SECONDS)
+            if ends_at <= now:
+                stream.is_old = True
+            else:
+                self._ring_by(ends_at)
+        self._proceed()
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                stream = self._current
+                if stream is not None and stream.is_old:
+                    self._current = None
+                    await finish_stream(stream.call)
+                elif self._window.has_to_send:
+                    if stream is None:
+                        stream = self._current = self._open()
+                    stream.used_at = self._loop.time()
+                    for message in self._window.messages(stream.number):
+                        await write_stream(stream.call, message)
+                else:
+                    return
+        except Exception as error:
+            self._fail_all(error)
+        finally:
+            self._writer = None
+
+    def _open(self) -> _Stream:
+        self._opened += 1
+        now = self._loop.time()
+        stream = _Stream(self._opened, self._open_stream(), now, now)
+        stream.reader = self._loop.create_task(read_stream(stream.call, partial(self._receive, stream)))
+        self._streams[stream.number] = stream
+        self._ring_by(now + MAX_IDLE_SECONDS)
+        return stream
+
+    def _receive(self, stream: _Stream, received: bytes | Exception | None) -> None:
+        """Take a message, the error that a stream ended with, or None where the server ended it."""
+        if stream.number not in self._streams:
+            return  # left before
+        if isinstance(received, bytes):
+            try:
+                self._window.receive(received)
+            except ServerError as error:
+                self._leave(stream, error)
+            if self._window.is_draining(stream.number):
+                stream.is_old = True
+        else:
+            try:
+                ending = stream_ended(received, self._target)
+            except Exception as fault:
+                self._fail_all(fault)
+                ending = ServerError("the client failed to read the stream")  # nobody is left to be told
+            self._leave(stream, ending)
+        self._proceed()
+
+    def _forget(self, call: Item) -> None:
+        self._window.forget(call)
+        self._drop_deserted()
+        self._proceed()
+
+    def _drop_deserted(self) -> None:
+        """End the streams on which nobody waits for an answer since some gave up: the server need not go on."""
+        for number in self._window.take_deserted():
+            if number in self._streams:
+                self._leave(self._streams[number], Cancelled("nobody waits any more", grpc.StatusCode.CANCELLED))
+
+    def _leave(self, stream: _Stream, error: LossgradError) -> None:
+        """End a stream, if it has not ended itself; what it leaves unanswered goes to another, or fails."""
+        del self._streams[stream.number]
+        if self._current is stream:
+            self._current = None
+        stream.call.cancel()
+        self._window.lose(stream.number, error)
+
+    def _fail_all(self, error: Exception) -> None:
+        """Give a fault that nobody foresaw to those who wait, who would wait for ever."""
+        self._window.fail_all(lambda: error)
+
+
+def _deliver(caller: asyncio.Future[Answer | Exception], outcome: Answer | Exception) -> None:
+    if not caller.done():  # cancelled, and about to say so
+        caller.set_result(outcome)

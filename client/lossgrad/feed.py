@@ -1,0 +1,91 @@
+"""Pairs of a stream -> requests in its window -> results to give back: what both clients' `stream` share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypedDict
+
+from lossgrad.calls import Answer, Losses, as_losses, deadline_seconds, prepare, split_pair
+from lossgrad.channel import ChannelSettings
+from lossgrad.errors import LossgradError
+from lossgrad.exchange import FRAME_BYTES
+from lossgrad.losses import Loss
+from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
+
+OnError = Literal["raise", "return"]
+
+
+class ComputeOptions(TypedDict, total=False):
+    """The options of `compute`; the methods `smooth_l1`, `huber`, `l1` and `mse` explain them."""
+
+    weight: Any
+    mask: Any
+    allow_broadcast: bool
+    timeout: float | None
+    idempotency_key: str
+
+
+class StreamOptions(TypedDict, total=False):
+    """The options of `stream`, which explains them; `on_error` apart, because the results' type depends on it."""
+
+    in_flight: int
+    in_flight_bytes: int
+    allow_broadcast: bool
+    timeout: float | None
+
+
+class PairFeed:
+    """Feeds one stream's window from the caller's pairs, and gives results or raises, as `on_error` says."""
+
+    def __init__(
+        self,
+        settings: ChannelSettings,
+        losses: Losses,
+        on_error: OnError,
+        *,
+        in_flight: int = DEFAULT_IN_FLIGHT,
+        in_flight_bytes: int = DEFAULT_IN_FLIGHT_BYTES,
+        allow_broadcast: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        if on_error not in ("raise", "return"):
+            raise ValueError(f"on_error is {on_error!r}; it must be 'raise' or 'return'")
+        self._specs: Sequence[Loss]
+        self._specs, self._is_single = as_losses(losses)
+        self._is_raising = on_error == "raise"
+        self._allow_broadcast = allow_broadcast
+        self._max_request_bytes = settings.max_message_bytes - FRAME_BYTES
+        self.window = StreamWindow(
+            max_requests=in_flight,
+            max_bytes=in_flight_bytes,
+            max_message_bytes=settings.max_message_bytes,
+            timeout=deadline_seconds(timeout, settings.timeout),
+            retries=settings.retries,
+            clock=time.perf_counter,
+        )
+
+    def add(self, pair: Any) -> list[bytes]:
+        """Add the caller's next pair; return the messages to send now."""
+        try:
+            input, target, options = split_pair(pair)
+            request = prepare(
+                input,
+                target,
+                tuple(self._specs),
+                is_single=self._is_single,
+                max_message_bytes=self._max_request_bytes,
+                allow_broadcast=self._allow_broadcast,
+                **options,
+            )
+        except LossgradError as error:
+            self.window.add_failed(error)
+            return []
+        return self.window.add(request)
+
+    def take_ready(self) -> Iterator[Answer | LossgradError]:
+        """Give the results that are ready, in order; raise the first error unless errors are to be given back."""
+        for outcome in self.window.take_ready():
+            if self._is_raising and isinstance(outcome, LossgradError):
+                raise outcome
+            yield outcome

@@ -1,0 +1,71 @@
+"""The stream of a LossClient: one StreamComputeLoss call, and the two queues between it and the caller's thread."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
+from typing import Any
+
+# What a forked child inherits and must neither use nor collect: gRPC's objects without the threads behind them.
+inherited: list[Any] = []
+
+
+class ThreadStream:
+    """One StreamComputeLoss call at a time, opened when there is something to send.
+
+    gRPC takes the messages to send from one queue in a thread of its own; a reader thread puts what comes into another,
+    ended by None or by the error that the call ended with.
+    """
+
+    def __init__(self, open_stream: Callable[[Iterator[bytes]], Any]) -> None:
+        self._open_stream = open_stream
+        self._call: Any = None
+        self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
+        self._incoming: SimpleQueue[bytes | Exception | None] = SimpleQueue()
+        self._reader: threading.Thread | None = None
+        self._pid = os.getpid()
+
+    def send(self, messages: list[bytes]) -> None:
+        """Send messages, which takes no time: how many there are at a time, the window bounds."""
+        if messages and self._call is None:
+            self._outgoing, self._incoming = SimpleQueue(), SimpleQueue()
+            self._call = self._open_stream(iter(self._outgoing.get, None))
+            self._reader = threading.Thread(
+                target=_read, args=(self._call, self._incoming), name="lossgrad-stream-reader", daemon=True
+            )
+            self._reader.start()
+        for message in messages:
+            self._outgoing.put(message)
+
+    def received(self, wait_seconds: float | None) -> Iterator[bytes | Exception | None]:
+        """Give all that has come; if there is nothing, wait for the first for this long, for ever if None."""
+        try:
+            yield self._incoming.get(timeout=wait_seconds) if wait_seconds != 0.0 else self._incoming.get_nowait()
+            while True:
+                yield self._incoming.get_nowait()
+        except Empty:
+            return
+
+    def close(self) -> None:
+        """End the call, if there is one. Another can follow."""
+        if self._pid != os.getpid():
+            inherited.append(self._call)
+            return
+        if self._call is not None:
+            self._outgoing.put(None)
+            self._call.cancel()
+            assert self._reader is not None  # noqa: S101 - started with the call
+            self._reader.join()
+            self._call = self._reader = None
+
+
+def _read(call: Any, incoming: SimpleQueue[bytes | Exception | None]) -> None:
+    try:
+        for message in call:
+            incoming.put(message)
+    except Exception as error:
+        incoming.put(error)
+    else:
+        incoming.put(None)

@@ -1,0 +1,324 @@
+"""Builds the server's parts and takes them through their life: start, warm up, serve, drain, stop.
+
+`Server` is one server in the running event loop; `run` is the program; `EmbeddedServer` is one in a thread of a client's
+process, without sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import platform
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+import grpc.aio
+import prometheus_client
+
+from lossgrad_api.allocator import release_free_memory
+from lossgrad_api.codec import SERVICE
+from lossgrad_server import __version__, engine
+from lossgrad_server.batching.admission import AdmissionLimits
+from lossgrad_server.batching.batcher import Batcher
+from lossgrad_server.batching.forming import BatchLimits
+from lossgrad_server.config import ConfigError, ServerConfig
+from lossgrad_server.metrics import Metrics
+from lossgrad_server.transport.call import Method
+from lossgrad_server.transport.grpc_server import create_server
+from lossgrad_server.transport.health import Health, health_method
+from lossgrad_server.transport.in_process import InProcessChannel
+from lossgrad_server.transport.pipeline import RequestPipeline
+from lossgrad_server.transport.service import LossService, ServiceDescription
+
+logger = logging.getLogger(__name__)
+
+# How long the device's running batch may take to end once nobody waits for it any more.
+_WORKER_STOP_SECONDS: Final = 10.0
+
+# Memory kept for the next large message is given back once there has been no request for this long.
+_IDLE_SECONDS: Final = 5.0
+
+
+class DeviceLost(Exception):
+    """The device failed in a way that only a new process can recover from."""
+
+
+class Core:
+    """What every server has, whatever transport is on top: the worker, the batcher, the metrics, the handlers."""
+
+    def __init__(self, config: ServerConfig, loop: asyncio.AbstractEventLoop) -> None:
+        self.device_lost = asyncio.Event()
+        try:
+            worker = engine.create_worker(config.device, config.threads or None, config.engine)
+        except ValueError as error:
+            raise ConfigError(f"--device is {config.device!r}: {error}") from None
+        determinism = engine.determinism(worker)
+        self.device = worker.device
+        self.metrics = Metrics(
+            device=worker.device,
+            build_info={
+                "version": __version__,
+                "torch": engine.torch_version(),
+                "python": platform.python_version(),
+                "grpc": grpc.__version__,
+                "device": worker.device,
+                "determinism": determinism,
+            },
+        )
+        self.batcher = Batcher(
+            worker,
+            batch_limits=BatchLimits(config.max_batch_requests, config.max_batch_elements, config.max_batch_bytes),
+            admission_limits=AdmissionLimits(config.max_queued_requests, config.max_queued_bytes),
+            post=_poster(loop),
+            observer=self.metrics,
+            on_lost=self.device_lost.set,
+        )
+        self.metrics.watch(self.batcher)
+        self.pipeline = RequestPipeline(self.batcher, self.metrics, config.max_message_bytes)
+        description = ServiceDescription(
+            server_version=__version__,
+            torch_version=engine.torch_version(),
+            device=worker.device,
+            determinism=determinism,
+            max_message_bytes=config.max_message_bytes,
+            max_queued_requests=config.max_queued_requests,
+            max_queued_bytes=config.max_queued_bytes,
+            max_stream_requests=config.max_stream_requests,
+        )
+        self.methods: list[Method] = LossService(self.pipeline, description).methods()
+
+    async def warm_up(self) -> None:
+        """Start the worker and wait until it is warm; from then on requests are served."""
+        self.batcher.start()
+        await asyncio.get_running_loop().run_in_executor(None, self.batcher.wait_until_warm)
+        self.pipeline.is_warm = True
+        self.metrics.ready.set(1)
+
+    async def close(self) -> None:
+        """Answer what still waits, and stop the worker."""
+        await asyncio.get_running_loop().run_in_executor(None, self.batcher.close, _WORKER_STOP_SECONDS)
+
+
+class Server:
+    """One server on its ports. `port` and `metrics_port` are what was bound; 0 for a unix socket, None without metrics."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.port = 0
+        self.metrics_port: int | None = None
+        self._core = Core(config, asyncio.get_running_loop())
+        self._health = Health()
+        self._grpc = create_server(
+            self._core.methods,
+            self._core.metrics,
+            max_message_bytes=config.max_message_bytes,
+            max_connection_age_seconds=config.max_connection_age_seconds,
+        )
+        self._health.add_to(self._grpc)
+        if config.reflection:
+            _add_reflection(self._grpc)
+        self._stop_metrics: Callable[[], None] = lambda: None
+        self._trimmer: asyncio.Task[None] | None = None
+
+    @property
+    def device(self) -> str:
+        """The device that it computes on."""
+        return self._core.device
+
+    @property
+    def device_lost(self) -> asyncio.Event:
+        """Set when the device has failed for good: stop this process, and start another."""
+        return self._core.device_lost
+
+    async def start(self) -> None:
+        """Bind the ports, warm up, and begin to serve. Raises ConfigError where a port cannot be had."""
+        try:
+            self.port = self._grpc.add_insecure_port(self.config.address)
+        except RuntimeError:
+            raise ConfigError(
+                f"cannot listen on {self.config.address}: is it taken, or not an address of this machine? "
+                "Choose another --host or --port"
+            ) from None
+        if self.config.metrics_port >= 0:
+            self._start_metrics()
+        await self._health.set_alive()
+        await self._grpc.start()
+        try:
+            await self._core.warm_up()
+        except Exception:
+            await self._grpc.stop(None)
+            raise
+        await self._health.set_ready(True)
+        self._trimmer = asyncio.create_task(self._release_memory_when_idle())
+        logger.info("Ready: grpc %s, metrics %s, device %s", self.grpc_address, self.metrics_address, self.device)
+
+    @property
+    def grpc_address(self) -> str:
+        """Where it serves, as a client's target."""
+        return self.config.host if self.config.is_socket else f"{self.config.host}:{self.port}"
+
+    @property
+    def metrics_address(self) -> str:
+        """Where its metrics are; "off" without."""
+        return f"http://{self.config.metrics_host}:{self.metrics_port}/metrics" if self.metrics_port else "off"
+
+    async def _release_memory_when_idle(self) -> None:
+        released_at = 0  # the number of requests admitted when memory was last given back
+        seen = 0
+        while True:
+            await asyncio.sleep(_IDLE_SECONDS)
+            admitted = self._core.batcher.total_admitted
+            if admitted == seen != released_at and not self._core.batcher.admitted_requests:
+                await asyncio.get_running_loop().run_in_executor(None, release_free_memory)
+                released_at = admitted
+            seen = admitted
+
+    def _start_metrics(self) -> None:
+        host, port = self.config.metrics_host, self.config.metrics_port
+        try:
+            httpd, thread = prometheus_client.start_http_server(port, addr=host, registry=self._core.metrics.registry)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot serve metrics on {host}:{port}: {error.strerror}; choose another --metrics-port, 0 for a free "
+                "one, -1 for none"
+            ) from None
+        self.metrics_port = httpd.server_port
+
+        def stop() -> None:
+            httpd.shutdown()
+            httpd.server_close()
+            thread.join()
+
+        self._stop_metrics = stop
+
+    async def drain(self) -> None:
+        """Stop without an error for anyone: say NOT_SERVING, serve on for the delay, refuse new calls, finish the rest."""
+        logger.info("Draining: %s requests inside", self._core.batcher.admitted_requests)
+        self._core.metrics.ready.set(0)
+        await self._health.set_ready(False)
+        await asyncio.sleep(self.config.drain_delay_seconds)
+        await self._grpc.stop(self.config.drain_grace_seconds)
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Stop at once; calls in flight end with an error."""
+        await self._grpc.stop(None)
+        if self._trimmer is not None:
+            self._trimmer.cancel()
+        await self._core.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._stop_metrics)
+        logger.info("Stopped")
+
+
+async def run(config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. A second signal stops at once.
+
+    Raises DeviceLost where the device fails for good, after callers were told to go elsewhere.
+    """
+    server = Server(config)
+    signalled: asyncio.Queue[str] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled.put_nowait, number.name)
+    await server.start()
+    # For people and scripts that start a server on port 0: the one line on standard output.
+    print(f"lossgrad-server ready on {server.grpc_address}, metrics {server.metrics_address}", flush=True)  # noqa: T201
+    first = asyncio.ensure_future(signalled.get())
+    lost = asyncio.ensure_future(server.device_lost.wait())
+    await asyncio.wait((first, lost), return_when=asyncio.FIRST_COMPLETED)
+    if lost.done():
+        first.cancel()
+        logger.critical("Device %s is lost; stopping, so that a new process can take it", server.device)
+        await server.drain()
+        raise DeviceLost(f"device {server.device} failed; this process cannot use it any more")
+    lost.cancel()
+    logger.info("%s received", first.result())
+    drain = asyncio.ensure_future(server.drain())
+    again = asyncio.ensure_future(signalled.get())
+    await asyncio.wait((drain, again), return_when=asyncio.FIRST_COMPLETED)
+    if not drain.done():
+        logger.warning("%s received again; stopping at once", again.result())
+        drain.cancel()
+        await server.stop()
+    else:
+        again.cancel()
+        await drain
+
+
+class EmbeddedServer:
+    """A server without sockets, in a thread of this process, for a client in this process.
+
+    The settings are ServerConfig's; those about ports have no effect.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self._config = ServerConfig(**settings)
+        self._loop = asyncio.new_event_loop()
+        self._core: Core | None = None
+        self._thread = threading.Thread(target=self._serve, name="lossgrad-embedded", daemon=True)
+
+    @property
+    def metrics(self) -> Metrics:
+        """The server's metrics; export its `registry` where they are wanted."""
+        return self._running().metrics
+
+    def start(self) -> None:
+        """Start, and return when requests are served. Raises ConfigError, or what the worker's warm-up raised."""
+        self._thread.start()
+
+        async def start() -> None:
+            self._core = Core(self._config, asyncio.get_running_loop())
+            await self._core.warm_up()
+
+        try:
+            asyncio.run_coroutine_threadsafe(start(), self._loop).result()
+        except BaseException:
+            self._end_loop()
+            raise
+
+    def channel(self) -> InProcessChannel:
+        """Return a channel to it."""
+        return InProcessChannel(self._loop, [*self._running().methods, health_method()])
+
+    def stop(self) -> None:
+        """Stop; calls in flight end with an error."""
+        asyncio.run_coroutine_threadsafe(self._running().close(), self._loop).result()
+        self._core = None
+        self._end_loop()
+
+    def _running(self) -> Core:
+        if self._core is None:
+            raise RuntimeError("the embedded server is not running; call start() first")
+        return self._core
+
+    def _serve(self) -> None:
+        self._loop.run_forever()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+
+def _poster(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]:
+    def post(callback: Callable[[], None]) -> None:
+        try:
+            loop.call_soon_threadsafe(callback)
+        except RuntimeError:  # the loop has closed: nobody is left to be answered
+            logger.debug("A batch ended after the event loop")
+
+    return post
+
+
+def _add_reflection(server: grpc.aio.Server) -> None:
+    from grpc_health.v1 import health
+    from grpc_reflection.v1alpha import reflection
+
+    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)  # type: ignore[no-untyped-call]

@@ -1,0 +1,291 @@
+"""The batcher: takes jobs from the transport, gives batches to one device's worker, hands outcomes back.
+
+Threads. `submit` is called from any thread (in practice the event loop's). One thread of the batcher's own owns the
+worker: it warms it up, runs every batch and closes it. The queue and admission are shared under `_lock`, held for
+microseconds and never while the worker runs. Outcomes leave through `post`, once per batch, so that the transport's
+thread is woken once however many jobs a batch held. While the worker computes, the next batch gathers by itself.
+
+Large jobs are computed in pieces, one job at a time, and between two pieces the worker takes a batch of small ones: so a
+small job behind a large one waits for a piece and not for the whole. A device with several slots has as many batches
+under way, and the batcher waits for the oldest only when there is nothing to submit.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from lossgrad_server.batching.admission import Admission, AdmissionLimits
+from lossgrad_server.batching.forming import Batch, BatchLimits
+from lossgrad_server.batching.job import Computed, Job
+from lossgrad_server.batching.waiting import WaitingJobs
+from lossgrad_server.errors import Code, InternalError, Reason, RequestError, TooLarge, Unavailable
+from lossgrad_server.work import BatchResult, DeviceWorker, FailureKind, Pending, WorkFailure
+
+logger = logging.getLogger(__name__)
+
+Outcome = Computed | RequestError
+
+
+class BatchObserver(Protocol):
+    """What watches the batcher: metrics.py. Called from the batcher's thread, once per batch."""
+
+    def batch_done(self, batch: Batch, result: BatchResult, busy_ns: int) -> None:
+        """Take note of a batch that ran; the device was busy with it for `busy_ns`."""
+
+
+class _Run:
+    """A batch under way."""
+
+    __slots__ = ("batch", "is_large", "pending", "started_ns")
+
+    pending: Pending
+
+    def __init__(self, batch: Batch, started_ns: int, is_large: bool) -> None:
+        self.batch = batch
+        self.started_ns = started_ns
+        self.is_large = is_large
+
+
+class Batcher:
+    """Runs what is submitted on one worker, as greedily as it can: no timer, no waiting for a fuller batch."""
+
+    def __init__(
+        self,
+        worker: DeviceWorker,
+        *,
+        batch_limits: BatchLimits,
+        admission_limits: AdmissionLimits,
+        post: Callable[[Callable[[], None]], None],
+        observer: BatchObserver,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make a batcher; `start` starts it. `on_lost` is posted once, when the worker's device has failed for good."""
+        self._worker = worker
+        self._admission = Admission(admission_limits)
+        self._post = post
+        self._observer = observer
+        self._lock = threading.Lock()
+        self._waiting = WaitingJobs(batch_limits)
+        self._on_lost = on_lost
+        self._is_lost = False
+        # Rung only when the worker's thread sleeps: a put and a wake-up cost 40 us, a look at a flag nothing.
+        self._doorbell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._is_asleep = False
+        self._is_stopping = False
+        self._is_warm = threading.Event()
+        self._warm_up_error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name=f"lossgrad-{worker.device}", daemon=True)
+
+    @property
+    def waiting_requests(self) -> int:
+        """How many jobs wait to be picked."""
+        return len(self._waiting)
+
+    @property
+    def admitted_requests(self) -> int:
+        """How many jobs are inside: waiting, running, or on their way back."""
+        return self._admission.requests
+
+    @property
+    def total_admitted(self) -> int:
+        """How many jobs were ever admitted."""
+        return self._admission.total
+
+    @property
+    def admitted_bytes(self) -> int:
+        """The bytes of tensor data of all jobs inside, their answers included."""
+        return self._admission.bytes
+
+    @property
+    def waiting_bytes(self) -> int:
+        """The bytes of tensor data of the jobs that wait. A snapshot for metrics; walks the queue."""
+        with self._lock:
+            return self._waiting.byte_count
+
+    def start(self) -> None:
+        """Start the worker's thread; it warms up first. `wait_until_warm` tells when it is done."""
+        self._thread.start()
+
+    def wait_until_warm(self) -> None:
+        """Block until the worker is warm. Raises what its warm-up raised."""
+        self._is_warm.wait()
+        if self._warm_up_error is not None:
+            raise self._warm_up_error
+
+    def submit(self, jobs: Sequence[Job]) -> list[tuple[Job, RequestError]]:
+        """Queue jobs; return those that were refused, each with its error. Their `on_done` is not called."""
+        refused: list[tuple[Job, RequestError]] = []
+        now_ns = time.perf_counter_ns()
+        with self._lock:
+            for job in jobs:
+                try:
+                    if self._is_stopping:
+                        raise Unavailable(
+                            "this server is shutting down; try again, on another one if there is one",
+                            reason=Reason.DRAINING,
+                            retry_after_seconds=0.0,
+                        )
+                    self._admission.admit(job)
+                except RequestError as error:
+                    refused.append((job, error))
+                else:
+                    job.queued_ns = now_ns
+                    self._waiting.add(job, is_large=self._worker.is_large(job.plan))
+            must_ring = self._is_asleep and len(self._waiting) > 0
+            if must_ring:
+                self._is_asleep = False
+        if must_ring:
+            self._doorbell.put(None)
+        return refused
+
+    def close(self, timeout_seconds: float) -> None:
+        """Refuse what comes and what waits, let the running batch finish, close the worker and end its thread."""
+        with self._lock:
+            self._is_stopping = True
+            left = self._waiting.take_all()
+            must_ring = self._is_asleep
+            self._is_asleep = False
+        if must_ring:
+            self._doorbell.put(None)
+        error = Unavailable(
+            "this server shut down before it came to this request; try again",
+            reason=Reason.DRAINING,
+            retry_after_seconds=0.0,
+        )
+        self._deliver([(job, error) for job in left])
+        if self._thread.is_alive():
+            self._thread.join(timeout_seconds)
+
+    # --- the worker's thread ---
+
+    def _run(self) -> None:
+        try:
+            self._worker.warm_up()
+        except Exception as error:
+            logger.exception("The worker of %s failed to warm up", self._worker.device)
+            self._warm_up_error = error
+            return
+        finally:
+            self._is_warm.set()
+        try:
+            under_way: list[_Run] = []
+            while self._begin_batches(under_way) or under_way:
+                self._go_on(under_way)
+        finally:
+            self._worker.close()
+
+    def _begin_batches(self, under_way: list[_Run]) -> bool:
+        """Submit what waits, as far as there are slots. Sleeps where there is nothing to do; False: for ever."""
+        while True:
+            with self._lock:
+                small = self._waiting.take_small() if len(under_way) < self._worker.slots else None
+                has_large = any(run.is_large for run in under_way)
+                large = None if has_large or len(under_way) >= self._worker.slots else self._waiting.take_large()
+                if small is None and large is None and not under_way:
+                    if self._is_stopping:
+                        return False
+                    self._is_asleep = True
+            if small is not None or large is not None or under_way:
+                break
+            self._doorbell.get()
+        for batch in (small, large):
+            if batch is not None:
+                self._begin(batch, under_way, is_large=batch is large)
+        return True
+
+    def _begin(self, batch: Batch, under_way: list[_Run], *, is_large: bool) -> None:
+        self._deliver(list(batch.dropped))
+        if not batch.jobs:
+            return
+        run = _Run(batch, time.perf_counter_ns(), is_large)
+        try:
+            run.pending = self._worker.submit([job.item for job in batch.jobs])
+        except Exception as error:
+            self._fail(run, error)
+        else:
+            under_way.append(run)
+
+    def _go_on(self, under_way: list[_Run]) -> None:
+        """Do one piece of what is large, and hand back what is done; wait only where nothing else is to be done."""
+        must_wait = True
+        for run in sorted(under_way, key=lambda run: run.is_large):  # what is done must not wait for another piece
+            try:
+                has_more = run.is_large and run.pending.advance()
+                if has_more or not run.pending.is_done():
+                    must_wait = must_wait and not has_more
+                    continue
+            except Exception as error:
+                self._fail(run, error)
+            else:
+                self._finish(run)
+            under_way.remove(run)
+            must_wait = False
+        if must_wait and under_way and not (len(under_way) < self._worker.slots and self._waiting):
+            self._finish(under_way.pop(0))
+
+    def _finish(self, run: _Run) -> None:
+        try:
+            result = run.pending.result()
+            outcomes = self._outcomes(run.batch, result)
+        except Exception as error:
+            self._fail(run, error)
+            return
+        self._observer.batch_done(run.batch, result, time.perf_counter_ns() - run.started_ns)
+        self._deliver(outcomes)
+        if self._worker.is_lost and not self._is_lost:
+            self._is_lost = True
+            self._post(self._on_lost)
+
+    def _fail(self, run: _Run, error: Exception) -> None:
+        # A worker answers for its items itself, so this is a bug of its own; the server goes on all the same.
+        logger.error("The worker of %s failed %s jobs", self._worker.device, len(run.batch.jobs), exc_info=error)
+        self._deliver([(job, InternalError()) for job in run.batch.jobs])
+
+    def _outcomes(self, batch: Batch, result: BatchResult) -> list[tuple[Job, Outcome]]:
+        outcomes: list[tuple[Job, Outcome]] = []
+        for job, outcome in zip(batch.jobs, result.outcomes, strict=True):
+            if isinstance(outcome, WorkFailure):
+                outcomes.append((job, _failure(outcome)))
+            else:
+                computed = Computed(
+                    result=outcome,
+                    queue_ns=job.picked_ns - job.queued_ns,
+                    pack_ns=result.pack_ns,
+                    compute_ns=result.compute_ns,
+                    unpack_ns=result.unpack_ns,
+                    batch_request_count=len(batch.jobs),
+                    batch_element_count=batch.element_count,
+                )
+                outcomes.append((job, computed))
+        return outcomes
+
+    def _deliver(self, outcomes: list[tuple[Job, Outcome]]) -> None:
+        if not outcomes:
+            return
+        with self._lock:
+            for job, _ in outcomes:
+                self._admission.release(job)
+
+        def hand_back() -> None:
+            for job, outcome in outcomes:
+                try:
+                    job.on_done(job, outcome)
+                except Exception:  # one caller's trouble must not cost the others their answers
+                    logger.exception("Handing back a job failed")
+
+        self._post(hand_back)
+
+
+def _failure(failure: WorkFailure) -> RequestError:
+    if failure.kind == FailureKind.OUT_OF_MEMORY:
+        return TooLarge(failure.message, reason=Reason.OUT_OF_DEVICE_MEMORY)
+    if failure.kind == FailureKind.DEVICE_LOST:
+        return RequestError(
+            failure.message, code=Code.UNAVAILABLE, reason=Reason.DEVICE_FAILED, retry_after_seconds=1.0
+        )
+    return InternalError()

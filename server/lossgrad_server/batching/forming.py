@@ -1,0 +1,104 @@
+"""Which waiting jobs make the next batch: all, up to the caps. There is no timer: a lone request never waits."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from lossgrad_server.batching.job import Job
+from lossgrad_server.errors import Cancelled, DeadlinePassed, RequestError
+
+
+class ClosedBy(StrEnum):
+    """Why a batch took no more jobs."""
+
+    IDLE = "idle"  # nothing more waited
+    MAX_REQUESTS = "max_requests"
+    MAX_ELEMENTS = "max_elements"
+    MAX_BYTES = "max_bytes"
+    ALONE = "alone"  # the job by itself reaches a cap
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """The caps of one batch. A job that exceeds one by itself makes a batch alone."""
+
+    requests: int
+    elements: int
+    bytes: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """The jobs of one run on the device, and the jobs that were dropped while it was formed."""
+
+    jobs: list[Job] = field(default_factory=list)
+    dropped: list[tuple[Job, RequestError]] = field(default_factory=list)
+    element_count: int = 0
+    byte_count: int = 0
+    closed_by: ClosedBy = ClosedBy.IDLE
+
+
+def form_batch(waiting: deque[Job], limits: BatchLimits) -> Batch:
+    """Take the next batch's jobs from the left of `waiting`. Expired and cancelled ones are dropped, not computed."""
+    batch = Batch()
+    now = time.monotonic()
+    now_ns = time.perf_counter_ns()
+    while waiting:
+        job = waiting[0]
+        if (error := _reason_to_drop(job, now)) is not None:
+            batch.dropped.append((waiting.popleft(), error))
+            continue
+        elements = batch.element_count + job.plan.element_count
+        size = batch.byte_count + job.byte_count
+        if batch.jobs and (closed_by := _cap_reached(limits, len(batch.jobs), elements, size)) is not None:
+            batch.closed_by = closed_by
+            break
+        job.picked_ns = now_ns
+        batch.jobs.append(waiting.popleft())
+        batch.element_count = elements
+        batch.byte_count = size
+        if len(batch.jobs) == 1 and (elements >= limits.elements or size >= limits.bytes):
+            batch.closed_by = ClosedBy.ALONE
+            break
+    return batch
+
+
+def take_alone(waiting: deque[Job]) -> Batch:
+    """Take one job from the left of `waiting` as a batch of its own. Expired and cancelled ones are dropped."""
+    batch = Batch(closed_by=ClosedBy.ALONE)
+    while waiting and not batch.jobs:
+        job = waiting.popleft()
+        if (error := _reason_to_drop(job, time.monotonic())) is not None:
+            batch.dropped.append((job, error))
+        else:
+            job.picked_ns = time.perf_counter_ns()
+            batch.jobs.append(job)
+            batch.element_count = job.plan.element_count
+            batch.byte_count = job.byte_count
+    return batch
+
+
+def _cap_reached(limits: BatchLimits, requests: int, elements: int, size: int) -> ClosedBy | None:
+    if requests >= limits.requests:
+        return ClosedBy.MAX_REQUESTS
+    if elements > limits.elements:
+        return ClosedBy.MAX_ELEMENTS
+    if size > limits.bytes:
+        return ClosedBy.MAX_BYTES
+    return None
+
+
+def _reason_to_drop(job: Job, now: float) -> RequestError | None:
+    # First: a transport cancels the calls whose deadline passes, and late is what they are counted as.
+    if job.deadline is not None and now >= job.deadline:
+        late_ms = (now - job.deadline) * 1e3
+        return DeadlinePassed(
+            f"this request's deadline passed {late_ms:.1f} ms before the device was free for it; "
+            "allow more time, or send fewer requests at a time"
+        )
+    if job.cancelled:
+        return Cancelled("the caller cancelled this request while it waited")
+    return None

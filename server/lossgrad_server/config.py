@@ -1,0 +1,208 @@
+"""Every setting of the server: its default, its range, and the reason for it. Read once, from flags and environment.
+
+A setting is a field of ServerConfig. Its flag is its name with dashes, its environment variable LOSSGRAD_ and its name in
+capitals; a flag wins over the environment. The parts of the server get the values that they need, never this object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from lossgrad_server import __version__
+
+MIB: Final = 1 << 20
+INT32_MAX: Final = (1 << 31) - 1  # the limits that GetServerInfo tells travel as int32 and int64
+INT64_MAX: Final = (1 << 63) - 1
+DAY_SECONDS: Final = 86_400
+ENVIRONMENT_PREFIX: Final = "LOSSGRAD_"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used. One line that names the setting, its value, and what is allowed."""
+
+
+def _setting(default: Any, help: str, *, least: float | None = None, most: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Every setting of a server."""
+
+    host: str = _setting(
+        "127.0.0.1",
+        "Address to serve on. Loopback, so that nothing is reachable from outside unless asked for; 0.0.0.0 or [::] for "
+        "every interface; unix:/path or unix-abstract:name for a socket, which needs no port.",
+    )
+    port: int = _setting(50051, "Port to serve on, gRPC's customary one; 0 picks a free one.", least=0, most=65535)
+    metrics_host: str = _setting("127.0.0.1", "Address to serve Prometheus metrics on, loopback like --host.")
+    metrics_port: int = _setting(
+        8002,
+        "Port to serve Prometheus metrics on, over HTTP; where Triton's tools look. 0 picks a free one; -1 serves none.",
+        least=-1,
+        most=65535,
+    )
+    device: str = _setting("auto", "Where to compute: cpu, cuda:N, or auto, which takes the first GPU if there is one.")
+    engine: str = _setting(
+        "fused",
+        "What computes: fused, kernels of our own that read every operand once; or plain, torch's own operations, slower, "
+        "for where the kernels do not run.",
+    )
+    threads: int = _setting(
+        0,
+        "Threads that compute on the CPU; 0 takes every core that this process may use. Results do not depend on it.",
+        least=0,
+        most=1024,
+    )
+    max_message_bytes: int = _setting(
+        256 * MIB,
+        "Largest message taken or sent. gRPC's own 4 MiB is too small for tensors; its hard wall is 2 GiB.",
+        least=64 * 1024,
+        most=2047 * MIB,
+    )
+    max_queued_requests: int = _setting(
+        2048,
+        "Most requests waiting or running at a time; beyond it callers are told to come back. Above the most that one "
+        "stream may have inside, so that one stream alone is never refused.",
+        least=1,
+        most=INT32_MAX,
+    )
+    max_queued_bytes: int = _setting(
+        1024 * MIB,
+        "Most bytes of tensors waiting or running at a time, answers included: the server's memory is bounded by about "
+        "this. A request is always taken when nothing else is inside.",
+        least=1,
+        most=INT64_MAX,
+    )
+    max_stream_requests: int = _setting(
+        1024,
+        "Most requests in one message of a stream, and most unanswered requests of one stream before it is not read "
+        "from; 64 in a message already give nearly all that packing gives.",
+        least=1,
+        most=INT32_MAX,
+    )
+    max_batch_requests: int = _setting(256, "Most requests in a batch; bounds how long a batch's first waits.", least=1)
+    max_batch_elements: int = _setting(
+        16 * MIB, "Most elements in a batch; larger batches gain nothing and add latency.", least=1
+    )
+    max_batch_bytes: int = _setting(
+        256 * MIB, "Most bytes in a batch, answers included; bounds the memory on the device.", least=1
+    )
+    reflection: bool = _setting(
+        False, "Serve gRPC reflection, for tools such as grpcurl. Off, because it is of no use to clients."
+    )
+    max_connection_age_seconds: float = _setting(
+        0.0,
+        "Ask clients to reconnect after about this long, so that new replicas get load; 0 never does. Set 300 behind a "
+        "client-side balancer.",
+        least=0,
+        most=DAY_SECONDS,
+    )
+    drain_delay_seconds: float = _setting(
+        0.5,
+        "After SIGTERM, keep serving this long while health says NOT_SERVING, so that clients and balancers go elsewhere "
+        "first. With 0, a call that comes in the moment of closing can be cut off; Kubernetes wants 5.",
+        least=0,
+        most=DAY_SECONDS,
+    )
+    drain_grace_seconds: float = _setting(
+        30.0,
+        "After that, let calls in flight finish for at most this long; most take milliseconds.",
+        least=0,
+        most=DAY_SECONDS,
+    )
+    log_level: str = _setting("info", "Least severe log line to write: debug, info, warning or error.")
+
+    def __post_init__(self) -> None:
+        """Check every value. Raises ConfigError."""
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            least, most = setting.metadata["least"], setting.metadata["most"]
+            if (least is not None and not value >= least) or (most is not None and not value <= most):
+                allowed = f"at least {least}" if most is None else f"{least} to {most}"
+                raise ConfigError(f"{flag(setting.name)} is {value}; it must be {allowed}")
+        if self.engine not in ("fused", "plain"):
+            raise ConfigError(f"--engine is {self.engine!r}; it must be fused or plain")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise ConfigError(f"--log-level is {self.log_level!r}; it must be debug, info, warning or error")
+
+    @property
+    def address(self) -> str:
+        """The address to listen on, as gRPC takes it."""
+        return self.host if self.is_socket else f"{self.host}:{self.port}"
+
+    @property
+    def is_socket(self) -> bool:
+        """Whether it listens on a unix socket, which has no port."""
+        return self.host.startswith(("unix:", "unix-abstract:"))
+
+
+def flag(name: str) -> str:
+    """Return the flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def environment_variable(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+def from_command_line(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> ServerConfig:
+    """Return the config that flags and environment give. Raises ConfigError; --help and bad flags end the program."""
+    parser = argument_parser()
+    given = vars(parser.parse_args(arguments))
+    values: dict[str, Any] = {}
+    for setting in dataclasses.fields(ServerConfig):
+        if given[setting.name] is not None:
+            source, text = flag(setting.name), given[setting.name]
+        elif environment_variable(setting.name) in environment:
+            source = environment_variable(setting.name)
+            text = environment[source]
+        else:
+            continue
+        values[setting.name] = _parse(source, text, type(setting.default))
+    return ServerConfig(**values)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; its help argues for every default."""
+    parser = argparse.ArgumentParser(
+        prog="lossgrad-server",
+        description="Serve SmoothL1, Huber, L1 and MSE losses, and their gradients, over gRPC.",
+        epilog="Every setting can also be given as an environment variable, shown in brackets; a flag wins.",
+    )
+    parser.add_argument("--version", action="version", version=f"lossgrad-server {__version__}")
+    for setting in dataclasses.fields(ServerConfig):
+        is_switch = isinstance(setting.default, bool)
+        help_text = (
+            f"{setting.metadata['help']} Default: {str(setting.default).lower() if is_switch else setting.default}."
+        )
+        parser.add_argument(
+            flag(setting.name),
+            dest=setting.name,
+            metavar=type(setting.default).__name__.upper(),
+            # A switch may stand alone.
+            nargs="?" if is_switch else None,
+            const="true" if is_switch else None,
+            help=f"{help_text} [{environment_variable(setting.name)}]".replace("%", "%%"),
+        )
+    return parser
+
+
+def _parse(source: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        if text.lower() in ("1", "true", "yes", "on"):
+            return True
+        if text.lower() in ("0", "false", "no", "off"):
+            return False
+        raise ConfigError(f"{source} is {text!r}; it must be true or false")
+    try:
+        return kind(text)
+    except ValueError:
+        name = {int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"{source} is {text!r}; it must be {name}") from None

@@ -1,0 +1,293 @@
+"""Every Prometheus series of the server, in one object. Names, labels and buckets are explained in docs/operations.md.
+
+Label values come from closed sets only. Children are bound once, because looking one up costs more than observing it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from lossgrad_server.batching.forming import Batch
+from lossgrad_server.errors import Code, Reason, RequestError
+from lossgrad_server.histograms import Histogram
+from lossgrad_server.jobs import JobPlan, LossKind
+from lossgrad_server.work import SPEC_RESULT, BatchResult, WorkResult
+
+# From 10 microseconds: the usual buckets start at 5 ms, where every request of ours would be in the first.
+SECONDS: Final = (
+    1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 5e-3, 7.5e-3,
+    0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60,
+)  # fmt: skip
+BYTES: Final = (0, 1024, 2048, 4096, *(4**power for power in range(7, 17)))  # gRFC A66's sizes
+ELEMENTS: Final = tuple(4**power for power in range(16))
+REQUESTS: Final = tuple(2**power for power in range(11))
+
+STAGES: Final = ("decode", "queue", "pack", "compute", "unpack", "encode")
+MIXED: Final = "mixed"  # the loss label of a request with several specs of different losses
+UNKNOWN: Final = "unknown"  # the loss label of a request that was refused before its loss was known
+
+_OUTCOMES: Final = {
+    Code.INVALID_ARGUMENT: "invalid",
+    Code.DEADLINE_EXCEEDED: "deadline",
+    Code.CANCELLED: "cancelled",
+    Code.UNAVAILABLE: "overloaded",
+    Code.RESOURCE_EXHAUSTED: "too_large",
+    Code.UNIMPLEMENTED: "invalid",
+    Code.INTERNAL: "internal",
+}
+_OUTCOMES_BY_REASON: Final = {Reason.OUT_OF_DEVICE_MEMORY: "oom", Reason.DEVICE_FAILED: "device"}
+_REJECTIONS: Final = {
+    Reason.QUEUE_FULL: "queue_full",
+    Reason.QUEUE_BYTES_FULL: "bytes_full",
+    Reason.DRAINING: "draining",
+    Reason.WARMING_UP: "warming_up",
+    Reason.RESULT_TOO_LARGE: "too_large",
+    Reason.MESSAGE_TOO_LARGE: "too_large",
+    Reason.DEADLINE_PASSED: "deadline",
+}
+_UTILIZATION_WINDOW_SECONDS: Final = 10.0
+
+
+class QueueState(Protocol):
+    """What the gauges read at every scrape: the batcher."""
+
+    @property
+    def waiting_requests(self) -> int:
+        """How many jobs wait to be picked."""
+
+    @property
+    def waiting_bytes(self) -> int:
+        """The bytes of the jobs that wait."""
+
+    @property
+    def admitted_bytes(self) -> int:
+        """The bytes of all jobs inside."""
+
+
+class RequestMetrics:
+    """The bound series of one combination of loss, mode and api: what a request touches."""
+
+    __slots__ = ("_duration", "_elements", "_nonfinite", "_ok")
+
+    def __init__(self, metrics: Metrics, loss: str, mode: str, api: str) -> None:
+        self._ok = metrics.requests.labels(loss, mode, api, "ok")
+        self._duration = metrics.request_duration.labels(loss, mode, api)
+        self._elements = metrics.elements.labels(loss, mode, metrics.device)
+        self._nonfinite = metrics.nonfinite_results.labels(loss)
+
+    def done(self, seconds: float, element_count: int, result: WorkResult) -> None:
+        """Count a request that was answered with numbers, `seconds` after it came."""
+        self._ok.inc()
+        self._duration.observe(seconds)
+        self._elements.inc(element_count)
+        for _, _, _, nonfinite_count in SPEC_RESULT.iter_unpack(result.scalars):
+            if nonfinite_count:
+                self._nonfinite.inc()
+                break
+
+
+class Metrics:
+    """Every series of one server, in a registry of its own."""
+
+    def __init__(self, *, device: str, build_info: dict[str, str]) -> None:
+        self.device = device
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        rpc = ("grpc_type", "grpc_service", "grpc_method")
+        self.grpc_started = Counter("grpc_server_started", "RPCs started on the server.", rpc, registry=registry)
+        self.grpc_handled = Counter(
+            "grpc_server_handled",
+            "RPCs completed on the server, by code.",
+            (*rpc, "grpc_code"),
+            registry=registry,
+        )
+        self.grpc_handling_seconds = Histogram(
+            "grpc_server_handling_seconds",
+            "Time from start to status.",
+            rpc,
+            SECONDS,
+        )
+        self.grpc_received = Counter(
+            "grpc_server_msg_received", "Messages received from callers.", rpc, registry=registry
+        )
+        self.grpc_sent = Counter("grpc_server_msg_sent", "Messages sent to callers.", rpc, registry=registry)
+        self.requests = Counter(
+            "lossgrad_requests",
+            "Loss requests by outcome; one message of a stream holds many.",
+            ("loss", "mode", "api", "outcome"),
+            registry=registry,
+        )
+        self.request_duration = Histogram(
+            "lossgrad_request_duration_seconds",
+            "Time from a request's bytes being there to its answer's bytes being ready.",
+            ("loss", "mode", "api"),
+            SECONDS,
+        )
+        self.stage_duration = Histogram(
+            "lossgrad_stage_duration_seconds",
+            "Time that requests spent in each stage: decode, queue, pack, compute, unpack, encode.",
+            ("stage", "device"),
+            SECONDS,
+        )
+        self.request_bytes = Histogram("lossgrad_request_bytes", "Size of request messages.", ("api",), BYTES)
+        self.response_bytes = Histogram("lossgrad_response_bytes", "Size of response messages.", ("api",), BYTES)
+        self.elements = Counter(
+            "lossgrad_elements", "Elements computed, by loss.", ("loss", "mode", "device"), registry=registry
+        )
+        self.batches = Counter(
+            "lossgrad_batches",
+            "Batches run, by why they took no more requests.",
+            ("device", "closed_by"),
+            registry=registry,
+        )
+        self.batch_requests = Histogram("lossgrad_batch_requests", "Requests in a batch.", ("device",), REQUESTS)
+        self.batch_elements = Histogram("lossgrad_batch_elements", "Elements in a batch.", ("device",), ELEMENTS)
+        self.rejected = Counter(
+            "lossgrad_rejected",
+            "Requests refused for what the server is at, not for what they are.",
+            ("reason",),
+            registry=registry,
+        )
+        self.nonfinite_results = Counter(
+            "lossgrad_nonfinite_results",
+            "Requests with a NaN or an infinity among their elements' losses.",
+            ("loss",),
+            registry=registry,
+        )
+        self.ready = Gauge("lossgrad_ready", "1 while requests are served, otherwise 0.", registry=registry)
+        Gauge("lossgrad_build_info", "What runs here; always 1.", tuple(build_info), registry=registry).labels(
+            **build_info
+        ).set(1)
+        for histogram in (
+            self.grpc_handling_seconds,
+            self.request_duration,
+            self.stage_duration,
+            self.request_bytes,
+            self.response_bytes,
+            self.batch_requests,
+            self.batch_elements,
+        ):
+            registry.register(histogram)
+        self._stages = {stage: self.stage_duration.labels(stage, device) for stage in STAGES}
+        self._batch_requests = self.batch_requests.labels(device)
+        self._batch_elements = self.batch_elements.labels(device)
+        self._utilization = Utilization()
+        for reason in sorted(set(_REJECTIONS.values())):
+            self.rejected.labels(reason)
+        self._request_metrics: dict[tuple[LossKind | None, bool, str], RequestMetrics] = {}
+
+    def watch(self, queue: QueueState) -> None:
+        """Export the queue's state, read anew at every scrape."""
+        self.registry.register(_QueueCollector(queue, self._utilization, self.device))
+
+    def of_request(self, plan: JobPlan, api: str) -> RequestMetrics:
+        """Return the series that a request with this plan touches."""
+        key = (plan.kind, plan.includes_gradient, api)
+        bound = self._request_metrics.get(key)
+        if bound is None:
+            bound = self._request_metrics[key] = RequestMetrics(self, *labels(plan), api)
+        return bound
+
+    def stage(self, stage: str, nanoseconds: int) -> None:
+        """Note the time that one request spent in a stage of the event loop's thread: decode, queue, encode."""
+        self._stages[stage].observe(nanoseconds * 1e-9)
+
+    def failed(self, plan: JobPlan | None, api: str, error: RequestError) -> None:
+        """Count a request that was answered with an error."""
+        loss, mode = labels(plan)
+        outcome = _OUTCOMES_BY_REASON.get(error.reason) or _OUTCOMES[error.code]
+        self.requests.labels(loss, mode, api, outcome).inc()
+        if (rejection := _REJECTIONS.get(error.reason)) is not None:
+            self.rejected.labels(rejection).inc()
+
+    def batch_done(self, batch: Batch, result: BatchResult, busy_ns: int) -> None:
+        """Note a batch that ran. Called from the batcher's thread, which alone observes these series."""
+        size = len(batch.jobs)
+        self._stages["pack"].observe(result.pack_ns * 1e-9, size)
+        self._stages["compute"].observe(result.compute_ns * 1e-9, size)
+        self._stages["unpack"].observe(result.unpack_ns * 1e-9, size)
+        self.batches.labels(self.device, batch.closed_by).inc()
+        self._batch_requests.observe(size)
+        self._batch_elements.observe(batch.element_count)
+        self._utilization.busy(busy_ns * 1e-9)
+
+
+def labels(plan: JobPlan | None) -> tuple[str, str]:
+    """Return the labels `loss` and `mode` of a request; of one that was refused before it had a plan, "unknown"."""
+    if plan is None:
+        return UNKNOWN, UNKNOWN
+    loss = MIXED if plan.kind is None else plan.kind.name.lower()
+    return loss, "loss_grad" if plan.includes_gradient else "loss"
+
+
+class Utilization:
+    """The share of the last ten seconds that the device was busy, from the worker's own clock. Works on any device."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._started = clock()
+        self._lock = threading.Lock()
+        self._spans: deque[tuple[float, float]] = deque()  # (end, length), oldest first
+
+    def busy(self, seconds: float) -> None:
+        """Note that the device was busy for the last `seconds`."""
+        now = self._clock()
+        with self._lock:
+            last = self._spans[-1] if self._spans else (-math.inf, 0.0)
+            # Short spans within a tenth of a second become one, so that what is kept is bounded at any rate of batches.
+            if now - last[0] < 0.1 and last[1] < 0.1:
+                self._spans[-1] = (last[0], last[1] + seconds)
+            else:
+                self._spans.append((now, seconds))
+            while self._spans and self._spans[0][0] < now - _UTILIZATION_WINDOW_SECONDS:
+                self._spans.popleft()
+
+    def ratio(self) -> float:
+        """Return the share, 0 to 1."""
+        now = self._clock()
+        window = min(_UTILIZATION_WINDOW_SECONDS, max(now - self._started, 1e-9))
+        with self._lock:
+            busy = sum(min(length, end - (now - window)) for end, length in self._spans if end > now - window)
+        return min(1.0, busy / window)
+
+
+class _QueueCollector(Collector):
+    def __init__(self, queue: QueueState, utilization: Utilization, device: str) -> None:
+        self._queue = queue
+        self._utilization = utilization
+        self._device = device
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        gauges = (
+            ("lossgrad_queue_requests", "Requests that wait to be picked.", self._queue.waiting_requests),
+            (
+                "lossgrad_queue_bytes",
+                "Bytes of those requests and their answers.",
+                self._queue.waiting_bytes,
+            ),
+            (
+                "lossgrad_inflight_bytes",
+                "Bytes of all requests inside and their answers.",
+                self._queue.admitted_bytes,
+            ),
+            (
+                "lossgrad_device_utilization_ratio",
+                "Share of the last ten seconds that the device was busy.",
+                self._utilization.ratio(),
+            ),
+        )
+        families: list[GaugeMetricFamily] = []
+        for name, documentation, value in gauges:
+            family = GaugeMetricFamily(name, documentation, labels=("device",))
+            family.add_metric((self._device,), value)
+            families.append(family)
+        return families

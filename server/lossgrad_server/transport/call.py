@@ -1,0 +1,44 @@
+"""The small interface that handlers are written against, so that grpcio is but one transport under them.
+
+grpc_server.py puts it on grpc.aio, in_process.py on plain function calls. Handlers raise RequestError for what goes
+wrong; the transport turns it into a status in one place (status.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Call(Protocol):
+    """One RPC, as its handler sees it."""
+
+    @property
+    def method(self) -> str:
+        """The full method name: "/package.Service/Method"."""
+
+    @property
+    def metadata(self) -> Mapping[str, str | bytes]:
+        """The caller's metadata; of a key that comes twice, the last value."""
+
+    @property
+    def deadline(self) -> float | None:
+        """When the caller stops waiting, on time.monotonic's clock, in seconds. None: never."""
+
+
+Send = Callable[[bytes], Awaitable[None]]
+UnaryHandler = Callable[[bytes, Call], Awaitable[bytes]]
+StreamHandler = Callable[[AsyncIterator[bytes], Send, Call], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One method of a service: its full name and its handler, which takes and gives messages as bytes.
+
+    Exactly one of `unary` and `stream` is set. A handler is cancelled, as a task, when its caller goes away.
+    """
+
+    name: str
+    unary: UnaryHandler | None = None
+    stream: StreamHandler | None = None

@@ -1,0 +1,132 @@
+"""One request's way through the server, the same for every method: check, queue, compute, answer, count.
+
+All of it but the computing runs in the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from lossgrad_api.codec import Buffer
+from lossgrad_server.batching.batcher import Batcher, Outcome
+from lossgrad_server.batching.job import Computed, Job
+from lossgrad_server.errors import InternalError, Reason, RequestError, Unavailable
+from lossgrad_server.metrics import Metrics
+from lossgrad_server.transport.answers import response_parts, results
+from lossgrad_server.transport.checks import RequestChecker
+
+logger = logging.getLogger(__name__)
+
+# Joining more than this takes longer than handing it to a thread, and would hold up every other call meanwhile.
+JOIN_IN_THREAD_BYTES: Final = 256 * 1024
+
+Answer = Sequence[Buffer] | RequestError
+
+
+class PendingRequest:
+    """A request between its check and its answer, which is the parts of a ComputeLossResponse or an error."""
+
+    __slots__ = ("_api", "_on_answer", "_pipeline", "_started_ns", "idempotency_key", "job")
+
+    def __init__(
+        self,
+        pipeline: RequestPipeline,
+        data: bytes,
+        start: int,
+        end: int | None,
+        api: str,
+        deadline: float | None,
+        on_answer: Callable[[PendingRequest, Answer], None],
+    ) -> None:
+        self._pipeline = pipeline
+        self._api = api
+        self._on_answer = on_answer
+        self._started_ns = time.perf_counter_ns()
+        plan, item, self.idempotency_key = pipeline.checker.check(data, start, end)
+        self.job = Job(plan, item, self._done, deadline)
+        pipeline.metrics.stage("decode", time.perf_counter_ns() - self._started_ns)
+
+    def refuse(self, error: RequestError) -> None:
+        """Answer with an error instead of queueing."""
+        self._done(self.job, error)
+
+    def _done(self, job: Job, outcome: Outcome) -> None:
+        answer: Answer
+        if not isinstance(outcome, RequestError):
+            try:
+                answer = self._encode(job, outcome)
+            except Exception:
+                # A bug of ours, such as a worker's outputs that are not the plan's. The caller must learn of it.
+                logger.exception("Making an answer failed")
+                outcome = InternalError()
+        if isinstance(outcome, RequestError):
+            self._pipeline.metrics.failed(job.plan, self._api, outcome)
+            answer = outcome
+        self._on_answer(self, answer)
+
+    def _encode(self, job: Job, computed: Computed) -> Answer:
+        metrics = self._pipeline.metrics
+        encode_ns = time.perf_counter_ns()
+        answer = response_parts(computed, results(job, computed), metrics.device, self.idempotency_key)
+        now_ns = time.perf_counter_ns()
+        metrics.stage("queue", computed.queue_ns)
+        metrics.stage("encode", now_ns - encode_ns)
+        seconds = (now_ns - self._started_ns) * 1e-9
+        metrics.of_request(job.plan, self._api).done(seconds, job.plan.element_count, computed.result)
+        return answer
+
+
+class RequestPipeline:
+    """Takes requests' bytes, and sees to it that each is answered exactly once."""
+
+    def __init__(self, batcher: Batcher, metrics: Metrics, max_message_bytes: int) -> None:
+        self.batcher = batcher
+        self.metrics = metrics
+        self.checker = RequestChecker(max_message_bytes)
+        self.is_warm = False  # set once the worker is; requests before that are told to come back
+
+    def open(
+        self,
+        data: bytes,
+        start: int,
+        end: int | None,
+        *,
+        api: str,
+        deadline: float | None,
+        on_answer: Callable[[PendingRequest, Answer], None],
+    ) -> PendingRequest:
+        """Check the ComputeLossRequest `data[start:end]`. Raises RequestError; then nothing is pending."""
+        try:
+            return PendingRequest(self, data, start, end, api, deadline, on_answer)
+        except RequestError as error:
+            self.metrics.failed(None, api, error)
+            raise
+
+    def submit(self, requests: Sequence[PendingRequest]) -> None:
+        """Queue opened requests. Those that are refused are answered at once."""
+        if not self.is_warm:
+            for request in requests:
+                request.refuse(
+                    Unavailable(
+                        "this server is warming up; try again in a moment",
+                        reason=Reason.WARMING_UP,
+                        retry_after_seconds=0.5,
+                    )
+                )
+            return
+        owners = {request.job: request for request in requests}
+        for job, error in self.batcher.submit(list(owners)):
+            owners[job].refuse(error)
+
+
+async def joined(parts: Sequence[Buffer], api: str, metrics: Metrics) -> bytes:
+    """Return a message's parts as one `bytes`: the one copy on the way out."""
+    size = sum(map(len, parts))
+    metrics.response_bytes.labels(api).observe(size)
+    if size <= JOIN_IN_THREAD_BYTES:
+        return b"".join(parts)
+    return await asyncio.get_running_loop().run_in_executor(None, b"".join, parts)

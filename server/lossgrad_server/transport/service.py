@@ -1,0 +1,111 @@
+"""The handlers of lossgrad_api.v1.LossService, written against `Call` and bytes; they see no grpcio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Final
+
+from lossgrad_api import codec
+from lossgrad_api.v1 import loss_service_pb2 as pb
+from lossgrad_server.errors import Code, Reason, RequestError
+from lossgrad_server.jobs import DataType
+from lossgrad_server.transport.call import Call, Method, Send
+from lossgrad_server.transport.pipeline import Answer, PendingRequest, RequestPipeline, joined
+from lossgrad_server.transport.stream import StreamSession
+
+API: Final = "native"
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceDescription:
+    """What GetServerInfo answers with. The units are those of the message's fields."""
+
+    server_version: str
+    torch_version: str
+    device: str
+    determinism: str
+    max_message_bytes: int
+    max_queued_requests: int
+    max_queued_bytes: int
+    max_stream_requests: int
+
+
+class LossService:
+    """Computes losses for callers, through one pipeline."""
+
+    def __init__(self, pipeline: RequestPipeline, description: ServiceDescription) -> None:
+        self._pipeline = pipeline
+        self._description = description
+        self._info = _info(description).SerializeToString()
+
+    def methods(self) -> list[Method]:
+        """Return the service's methods."""
+        return [
+            Method(codec.COMPUTE_LOSS, unary=self.compute_loss),
+            Method(codec.STREAM_COMPUTE_LOSS, stream=self.stream_compute_loss),
+            Method(codec.ACCUMULATE_LOSS, stream=self.accumulate_loss),
+            Method(codec.GET_SERVER_INFO, unary=self.get_server_info),
+        ]
+
+    async def compute_loss(self, request: bytes, call: Call) -> bytes:
+        """Answer a ComputeLossRequest with a ComputeLossResponse."""
+        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+        def on_answer(_: PendingRequest, answer: Answer) -> None:
+            if not answered.done():
+                answered.set_result(answer)
+
+        metrics = self._pipeline.metrics
+        metrics.request_bytes.labels(API).observe(len(request))
+        pending = self._pipeline.open(request, 0, None, api=API, deadline=call.deadline, on_answer=on_answer)
+        self._pipeline.submit([pending])
+        try:
+            answer = await answered
+        except asyncio.CancelledError:
+            pending.job.cancelled = True
+            raise
+        if isinstance(answer, RequestError):
+            answer.request_id = pending.idempotency_key
+            raise answer
+        return await joined(answer, API, metrics)
+
+    async def stream_compute_loss(self, messages: AsyncIterator[bytes], send: Send, call: Call) -> None:
+        """Answer StreamComputeLossRequests with StreamComputeLossResponses."""
+        session = StreamSession(
+            self._pipeline,
+            send,
+            max_requests=self._description.max_stream_requests,
+            max_bytes=self._description.max_message_bytes,
+        )
+        await session.run(messages, call)
+
+    async def accumulate_loss(self, messages: AsyncIterator[bytes], send: Send, call: Call) -> None:
+        """Refuse: accumulation is in the protocol, but not in this version of the server."""
+        raise RequestError(
+            f"AccumulateLoss is not served by lossgrad-server {self._description.server_version}; add up the sums and "
+            "counts of ComputeLoss, or use a newer server",
+            code=Code.UNIMPLEMENTED,
+            reason=Reason.UNIMPLEMENTED,
+        )
+
+    async def get_server_info(self, request: bytes, call: Call) -> bytes:
+        """Answer a GetServerInfoRequest with a GetServerInfoResponse."""
+        return self._info
+
+
+def _info(description: ServiceDescription) -> pb.GetServerInfoResponse:
+    return pb.GetServerInfoResponse(
+        server_version=description.server_version,
+        torch_version=description.torch_version,
+        device=description.device,
+        data_types=[data_type.value for data_type in DataType],  # type: ignore[misc]
+        limits=pb.ServerLimits(
+            max_message_bytes=description.max_message_bytes,
+            max_queued_requests=description.max_queued_requests,
+            max_queued_bytes=description.max_queued_bytes,
+            max_stream_requests=description.max_stream_requests,
+        ),
+        determinism=description.determinism,
+    )

@@ -1,0 +1,49 @@
+"""RequestError -> google.rpc.Status with its details. The one place where errors become statuses."""
+
+from __future__ import annotations
+
+import uuid
+
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from lossgrad_server.errors import RequestError
+
+DOMAIN = "lossgrad"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"  # gRFC A6: how long a client's retries wait; gRPC's own clients honour it
+
+
+def to_status(error: RequestError, request_id: str = "") -> status_pb2.Status:
+    """Return the status that the caller gets.
+
+    `request_id` is the caller's idempotency key; where there is none a new one is made, so that an error can be named.
+    """
+    info = error_details_pb2.ErrorInfo(
+        reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id or uuid.uuid4().hex}
+    )
+    details = [_pack(info)]
+    if error.field is not None:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=error.message, reason=error.reason
+        )
+        details.append(_pack(error_details_pb2.BadRequest(field_violations=[violation])))
+    if error.retry_after_seconds is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(round(error.retry_after_seconds * 1e9))
+        details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
+    return status_pb2.Status(code=error.code, message=error.message, details=details)
+
+
+def pushback(error: RequestError) -> tuple[tuple[str, str], ...]:
+    """Return the trailing metadata that tells gRPC's retries when to come back; none where they should not."""
+    if error.retry_after_seconds is None:
+        return ()
+    return ((PUSHBACK_KEY, str(round(error.retry_after_seconds * 1e3))),)
+
+
+def _pack(
+    message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo,
+) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed

@@ -1,0 +1,161 @@
+"""StreamComputeLoss: many independent requests on one stream, answered as they are ready, packed into few messages.
+
+A session belongs to one call and runs in the event loop's thread: the reading side opens and queues requests, `on_done`
+callbacks fill the outbox, the writing task empties it. What a stream may have inside is bounded, unsent answers
+included; beyond that it is not read from, so that backpressure reaches the caller through HTTP/2's flow control.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
+
+from google.rpc import status_pb2
+
+from lossgrad_api import codec
+from lossgrad_server.errors import InvalidRequest, Reason, RequestError
+from lossgrad_server.transport.call import Call, Send
+from lossgrad_server.transport.checks import malformed
+from lossgrad_server.transport.pipeline import JOIN_IN_THREAD_BYTES, Answer, PendingRequest, RequestPipeline
+from lossgrad_server.transport.status import to_status
+
+API: Final = "stream"
+
+# An answer message is closed at this size; larger ones gain nothing and hold up the first answers in them.
+MESSAGE_BYTES: Final = 4 * 1024 * 1024
+
+# How long the requests of one message are checked before everybody else has a turn. Remembered ones take microseconds; a
+# thousand with headers of 64 KiB would hold up the event loop for half a minute.
+TURN_SECONDS: Final = 0.005
+
+_Entry = tuple[int, Sequence[codec.Buffer] | status_pb2.Status, int]  # tag, answer, bytes that the request holds
+
+
+class StreamSession:
+    """One StreamComputeLoss call."""
+
+    def __init__(self, pipeline: RequestPipeline, send: Send, *, max_requests: int, max_bytes: int) -> None:
+        self._pipeline = pipeline
+        self._send = send
+        self._max_requests = max_requests
+        self._max_bytes = max_bytes
+        self._message_bytes = min(MESSAGE_BYTES, max_bytes)
+        self._pending: dict[PendingRequest, int] = {}  # to the tag
+        self._outbox: deque[_Entry] = deque()
+        self._inside_requests = 0  # pending and unsent
+        self._inside_bytes = 0
+        self._has_answers = asyncio.Event()
+        self._has_room = asyncio.Event()
+        self._is_read_out = False
+
+    async def run(self, messages: AsyncIterator[bytes], call: Call) -> None:
+        """Serve the call to its end."""
+        try:
+            async with asyncio.TaskGroup() as tasks:  # where reading or writing fails, the other must not wait for it
+                tasks.create_task(self._write())
+                async for message in messages:
+                    await self._take(message, call.deadline)
+                    while self._is_full():
+                        self._has_room.clear()
+                        await self._has_room.wait()
+                self._is_read_out = True
+                self._has_answers.set()
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        finally:
+            for request in self._pending:
+                request.job.cancelled = True
+
+    def _is_full(self) -> bool:
+        return self._inside_requests >= self._max_requests or self._inside_bytes >= self._max_bytes
+
+    async def _take(self, message: bytes, stream_deadline: float | None) -> None:
+        metrics = self._pipeline.metrics
+        metrics.request_bytes.labels(API).observe(len(message))
+        try:
+            tagged_requests = codec.split_stream_request(message, self._max_requests)
+        except codec.CodecError as error:
+            raise malformed(error) from None
+        now = turn_started = time.monotonic()
+        opened: list[PendingRequest] = []
+        for tag, timeout_ns, data, start, end in tagged_requests:
+            self._inside_requests += 1
+            try:
+                deadline = _deadline(now, timeout_ns, stream_deadline)
+                request = self._pipeline.open(data, start, end, api=API, deadline=deadline, on_answer=self._on_answer)
+            except RequestError as error:
+                self._put(tag, to_status(error, error.request_id), 0)
+            else:
+                self._pending[request] = tag
+                self._inside_bytes += request.job.byte_count
+                opened.append(request)
+            if time.monotonic() - turn_started > TURN_SECONDS:
+                self._pipeline.submit(opened)
+                opened = []
+                await asyncio.sleep(0)
+                turn_started = time.monotonic()
+        self._pipeline.submit(opened)
+
+    def _on_answer(self, request: PendingRequest, answer: Answer) -> None:
+        tag = self._pending.pop(request)
+        if isinstance(answer, RequestError):
+            self._put(tag, to_status(answer, request.idempotency_key), request.job.byte_count)
+        else:
+            self._put(tag, answer, request.job.byte_count)
+
+    def _put(self, tag: int, outcome: Sequence[codec.Buffer] | status_pb2.Status, byte_count: int) -> None:
+        self._outbox.append((tag, outcome, byte_count))
+        self._has_answers.set()
+
+    async def _write(self) -> None:
+        while True:
+            if not self._outbox:
+                if self._is_read_out and not self._pending:
+                    return
+                self._has_answers.clear()
+                await self._has_answers.wait()
+                continue
+            await self._send_some()
+
+    async def _send_some(self) -> None:
+        entries: list[tuple[int, Sequence[codec.Buffer] | status_pb2.Status]] = []
+        size = held_bytes = 0
+        while self._outbox:
+            tag, outcome, byte_count = self._outbox[0]
+            size += _size(outcome)
+            if entries and size > self._message_bytes:  # one by itself fits the limit: checks.py sees to it
+                break
+            self._outbox.popleft()
+            entries.append((tag, outcome))
+            held_bytes += byte_count
+        if size <= JOIN_IN_THREAD_BYTES:
+            message = codec.encode_stream_response(entries)
+        else:
+            loop = asyncio.get_running_loop()
+            message = await loop.run_in_executor(None, codec.encode_stream_response, entries)
+        self._pipeline.metrics.response_bytes.labels(API).observe(len(message))
+        await self._send(message)
+        self._inside_requests -= len(entries)
+        self._inside_bytes -= held_bytes
+        self._has_room.set()
+
+
+def _size(outcome: Sequence[codec.Buffer] | status_pb2.Status) -> int:
+    """Return the bytes that an answer takes in a message; 32 are more than its tag and lengths take."""
+    return 32 + (outcome.ByteSize() if isinstance(outcome, status_pb2.Status) else sum(map(len, outcome)))
+
+
+def _deadline(now: float, timeout_ns: int, stream_deadline: float | None) -> float | None:
+    if timeout_ns < 0:
+        raise InvalidRequest(
+            f"timeout_ns is {timeout_ns}; send 0 for none, or how long you will wait in nanoseconds",
+            reason=Reason.BAD_TIMEOUT,
+            field="timeout_ns",
+        )
+    if timeout_ns == 0:
+        return stream_deadline
+    deadline = now + timeout_ns * 1e-9
+    return deadline if stream_deadline is None else min(deadline, stream_deadline)

@@ -1,0 +1,205 @@
+"""The program `lossgrad-server`: what it prints, where it listens, how it ends. Each test starts it as users do."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from lossgrad_api.codec import SERVICE
+from lossgrad_api.v1 import loss_service_pb2 as pb
+from tests.server.calling import Connect, stub_on
+from tests.server.requests import request
+from tests.server.serving import PATIENCE_SECONDS
+
+GOOD = request([1.0, 2.0], [3.0, 5.0])
+ONE = pb.StreamComputeLossRequest(requests=[pb.TaggedRequest(tag=1, request=GOOD)])
+
+
+class Program:
+    """A running lossgrad-server."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lossgrad_server", "--device", "cpu", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.logged: list[str] = []
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.logged.append(line)
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def ready_line(self) -> str:
+        """Wait for the line that says that it serves."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "".join(self.logged)
+        return line.rstrip("\n")
+
+    def address(self) -> str:
+        return self.ready_line().removeprefix("lossgrad-server ready on ").split(", ")[0]
+
+    def wait_until_logged(self, text: str) -> None:
+        while (line := self._lines.get(timeout=PATIENCE_SECONDS)) is not None:
+            if text in line:
+                return
+        raise AssertionError(f"it ended without saying {text!r}: {self.logged}")
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> int:
+        """Wait until it has ended; return its exit status."""
+        code = self.process.wait(PATIENCE_SECONDS)
+        self._reader.join(PATIENCE_SECONDS)
+        return code
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._reader.join(PATIENCE_SECONDS)
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Program]]:
+    programs: list[Program] = []
+
+    def run(*arguments: str, **environment: str) -> Program:
+        programs.append(Program(*arguments, **environment))
+        return programs[-1]
+
+    yield run
+    for program in programs:
+        program.close()
+
+
+class OpenStream:
+    """A stream that is in flight until it is closed."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._may_end = threading.Event()
+        self._may_go_on = threading.Event()
+        self.answers = stub_on(channel).StreamComputeLoss(self._messages(), timeout=PATIENCE_SECONDS)
+        next(self.answers)
+
+    def _messages(self) -> Iterator[pb.StreamComputeLossRequest]:
+        yield ONE
+        self._may_go_on.wait(PATIENCE_SECONDS)
+        yield ONE
+        self._may_end.wait(PATIENCE_SECONDS)
+
+    def ask_again(self) -> pb.StreamComputeLossResponse:
+        self._may_go_on.set()
+        answer: pb.StreamComputeLossResponse = next(self.answers)
+        return answer
+
+    def close(self) -> None:
+        self._may_go_on.set()
+        self._may_end.set()
+
+
+def test_it_says_where_it_serves_and_after_sigterm_finishes_what_is_in_flight(
+    start: Callable[..., Program], connect: Connect
+) -> None:
+    program = start("--port", "0", "--metrics-port", "0", "--drain-grace-seconds", "600")
+    line = program.ready_line()
+    address = line.removeprefix("lossgrad-server ready on ").split(", ")[0]
+    host, _, port = address.rpartition(":")
+    assert host == "127.0.0.1"
+    assert int(port) > 0
+    assert line.split(", ")[1].startswith("metrics http://127.0.0.1:")
+    stream = OpenStream(connect(address))
+    program.signal(signal.SIGTERM)
+    program.wait_until_logged("Draining")
+    assert stream.ask_again().responses[0].response.results
+    stream.close()
+    assert list(stream.answers) == []
+    assert program.end() == 0
+    assert program.process.stdout is not None
+    assert program.process.stdout.read() == ""  # the ready line was the only one
+    assert not any(word in text for text in program.logged for word in ("ERROR", "WARNING", "Traceback", "Exception"))
+
+
+def test_a_second_signal_stops_it_at_once(start: Callable[..., Program], connect: Connect) -> None:
+    program = start("--port", "0", "--metrics-port", "-1", "--drain-grace-seconds", "600")
+    line = program.ready_line()
+    assert line.endswith(", metrics off")
+    stream = OpenStream(connect(line.removeprefix("lossgrad-server ready on ").split(", ")[0]))
+    program.signal(signal.SIGTERM)
+    program.wait_until_logged("Draining")
+    assert program.process.poll() is None
+    program.signal(signal.SIGINT)
+    assert program.end() == 0  # long before the ten minutes of grace
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stream.answers)
+    stream.close()
+    assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+    assert any("SIGINT received again" in text for text in program.logged)
+    assert not any("Traceback" in text for text in program.logged)
+
+
+def test_it_takes_its_settings_from_the_environment_and_serves_on_a_socket(
+    start: Callable[..., Program], connect: Connect, tmp_path: Path
+) -> None:
+    target = f"unix:{tmp_path}/lossgrad.sock"
+    program = start(
+        LOSSGRAD_HOST=target,
+        LOSSGRAD_METRICS_PORT="-1",
+        LOSSGRAD_REFLECTION="true",
+        LOSSGRAD_MAX_MESSAGE_BYTES="1000000",
+        LOSSGRAD_LOG_LEVEL="error",
+    )
+    assert program.ready_line() == f"lossgrad-server ready on {target}, metrics off"
+    channel = connect(target)
+    stub = stub_on(channel)
+    assert stub.ComputeLoss(GOOD).results[0].scalar == pytest.approx((1.75 + 2.75) / 2)  # |d| - beta / 2, beta = 0.5
+    assert stub.GetServerInfo(pb.GetServerInfoRequest()).limits.max_message_bytes == 1_000_000
+    assert reflected_services(channel) >= {SERVICE, "grpc.health.v1.Health"}
+    health = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+    assert health.Check(health_pb2.HealthCheckRequest(service=SERVICE)).status == health_pb2.HealthCheckResponse.SERVING
+    program.signal(signal.SIGINT)
+    assert program.end() == 0
+    assert program.logged == []
+
+
+def reflected_services(channel: grpc.Channel) -> set[str]:
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[no-untyped-call]
+    requests = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+    (answer,) = stub.ServerReflectionInfo(requests, timeout=PATIENCE_SECONDS)
+    return {service.name for service in answer.list_services_response.service}
+
+
+def test_a_port_that_is_taken_ends_it_with_2_and_one_line(start: Callable[..., Program]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        program = start("--port", str(port), "--log-level", "error")
+        assert program.end() == 2
+    ours = [line for line in program.logged if line.startswith("lossgrad-server: ")]
+    assert len(ours) == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in ours[0]
+    assert not any("Traceback" in line for line in program.logged)

@@ -1,0 +1,417 @@
+"""Metrics: after known traffic every series has exactly the values that it should have, and no others exist."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import Histogram as LibraryHistogram
+from prometheus_client.parser import text_string_to_metric_families
+
+import lossgrad_server
+from lossgrad_api.codec import SERVICE
+from lossgrad_api.v1 import loss_service_pb2 as pb
+from lossgrad_api.v1.loss_service_pb2_grpc import LossServiceStub
+from lossgrad_server.errors import Code, Reason, RequestError
+from lossgrad_server.histograms import Histogram
+from lossgrad_server.metrics import SECONDS, Metrics, Utilization
+from tests.server.calling import Connect, failure, stub_on
+from tests.server.requests import L1, SMOOTH_L1, request
+from tests.server.serving import PATIENCE_SECONDS, HeldWorker, RunningServer, StartServer, eventually
+
+MSE_SUM = pb.LossSpec(mse=pb.MseLoss(), reduction=pb.REDUCTION_SUM)
+BAD = request([1.0], [2.0], pb.LossSpec(smooth_l1=pb.SmoothL1Loss(beta=-1.0)))
+
+Labels = frozenset[tuple[str, str]]
+
+
+class Scrape:
+    """What the metrics port serves, by name and labels."""
+
+    def __init__(self, text: str) -> None:
+        self.samples: dict[tuple[str, Labels], float] = {}
+        self.types: dict[str, str] = {}
+        for family in text_string_to_metric_families(text):
+            self.types[family.name] = family.type
+            for sample in family.samples:
+                self.samples[sample.name, frozenset(sample.labels.items())] = sample.value
+
+    def __call__(self, name: str, **labels: str) -> float | None:
+        return self.samples.get((name, frozenset(labels.items())))
+
+    def of(self, name: str) -> dict[Labels, float]:
+        """Return all series of a name, without those that count nothing."""
+        return {labels: value for (own, labels), value in self.samples.items() if own == name and value}
+
+    def series(self) -> set[tuple[str, Labels]]:
+        return {key for key in self.samples if not key[0].endswith("_created")}
+
+
+def labelled(**labels: str) -> Labels:
+    return frozenset(labels.items())
+
+
+@pytest.fixture
+def running(start_server: StartServer) -> RunningServer:
+    return start_server(metrics_port=0, max_queued_requests=4, worker=HeldWorker())
+
+
+def scrape(running: RunningServer) -> Scrape:
+    return Scrape(running.scrape())
+
+
+def stream(stub: Any, *requests: pb.ComputeLossRequest) -> int:
+    """Send requests in one message; return how many messages the answers came in."""
+    tagged = [pb.TaggedRequest(tag=tag, request=one) for tag, one in enumerate(requests)]
+    messages = list(stub.StreamComputeLoss(iter([pb.StreamComputeLossRequest(requests=tagged)])))
+    assert sum(len(message.responses) for message in messages) == len(requests)
+    return len(messages)
+
+
+# ---- Known traffic ----
+
+
+def test_after_known_traffic_the_series_have_exactly_the_expected_values(
+    running: RunningServer, connect: Connect
+) -> None:
+    stub = stub_on(connect(running.address))
+    unary = [
+        request([1.0] * 10, [0.0] * 10, SMOOTH_L1),
+        request([1.0] * 20, [0.0] * 20, SMOOTH_L1),
+        request([1.0] * 5, [0.0] * 5, L1),
+        request([1.0, math.nan, math.inf], [0.0] * 3, L1, MSE_SUM),
+    ]
+    answers = [stub.ComputeLoss(one) for one in unary]
+    failure(stub.ComputeLoss, BAD)
+    answer_messages = stream(stub, request([2.0] * 7, [0.0] * 7, MSE_SUM), BAD, request([2.0] * 9, [0.0] * 9, MSE_SUM))
+    stub.GetServerInfo(pb.GetServerInfoRequest())
+    found = scrape(running)
+
+    assert found.of("lossgrad_requests_total") == {
+        labelled(loss="smooth_l1", mode="loss_grad", api="native", outcome="ok"): 2,
+        labelled(loss="l1", mode="loss", api="native", outcome="ok"): 1,
+        labelled(loss="mixed", mode="loss", api="native", outcome="ok"): 1,
+        labelled(loss="unknown", mode="unknown", api="native", outcome="invalid"): 1,
+        labelled(loss="mse", mode="loss", api="stream", outcome="ok"): 2,
+        labelled(loss="unknown", mode="unknown", api="stream", outcome="invalid"): 1,
+    }
+    assert found.of("lossgrad_elements_total") == {
+        labelled(loss="smooth_l1", mode="loss_grad", device="cpu"): 30,
+        labelled(loss="l1", mode="loss", device="cpu"): 5,
+        labelled(loss="mixed", mode="loss", device="cpu"): 3,
+        labelled(loss="mse", mode="loss", device="cpu"): 16,
+    }
+    assert found.of("lossgrad_nonfinite_results_total") == {labelled(loss="mixed"): 1}
+    assert found.of("lossgrad_rejected_total") == {}
+    assert found.of("lossgrad_request_duration_seconds_count") == {
+        labelled(loss="smooth_l1", mode="loss_grad", api="native"): 2,
+        labelled(loss="l1", mode="loss", api="native"): 1,
+        labelled(loss="mixed", mode="loss", api="native"): 1,
+        labelled(loss="mse", mode="loss", api="stream"): 2,
+    }
+    for stage in ("decode", "queue", "pack", "compute", "unpack", "encode"):
+        assert found("lossgrad_stage_duration_seconds_count", stage=stage, device="cpu") == 6, stage
+    assert found("lossgrad_request_bytes_count", api="native") == 5
+    assert found("lossgrad_request_bytes_sum", api="native") == sum(one.ByteSize() for one in [*unary, BAD])
+    assert found("lossgrad_request_bytes_count", api="stream") == 1
+    assert found("lossgrad_response_bytes_count", api="native") == 4
+    assert found("lossgrad_response_bytes_sum", api="native") == sum(answer.ByteSize() for answer in answers)
+    assert found("lossgrad_response_bytes_count", api="stream") == answer_messages
+
+    batches = found("lossgrad_batch_requests_count", device="cpu")
+    assert batches in (5, 6)  # the stream's two good requests: in one batch, or the first alone
+    assert found("lossgrad_batch_requests_sum", device="cpu") == 6
+    assert found("lossgrad_batch_elements_sum", device="cpu") == 54
+    assert found.of("lossgrad_batches_total") == {labelled(device="cpu", closed_by="idle"): batches}
+
+    for method, kind, received, sent in (
+        ("ComputeLoss", "unary", 5, 4),
+        ("StreamComputeLoss", "bidi_stream", 1, answer_messages),
+        ("GetServerInfo", "unary", 1, 1),
+    ):
+        rpc = {"grpc_type": kind, "grpc_service": SERVICE, "grpc_method": method}
+        calls = 5 if method == "ComputeLoss" else 1
+        assert found("grpc_server_started_total", **rpc) == calls
+        assert found("grpc_server_handling_seconds_count", **rpc) == calls
+        assert found("grpc_server_msg_received_total", **rpc) == received
+        assert found("grpc_server_msg_sent_total", **rpc) == sent
+        assert found("grpc_server_handled_total", **rpc, grpc_code="OK") == (4 if method == "ComputeLoss" else 1)
+    rpc = {"grpc_type": "unary", "grpc_service": SERVICE, "grpc_method": "ComputeLoss"}
+    assert found("grpc_server_handled_total", **rpc, grpc_code="INVALID_ARGUMENT") == 1
+
+    assert found("lossgrad_ready") == 1
+    for gauge in ("lossgrad_queue_requests", "lossgrad_queue_bytes", "lossgrad_inflight_bytes"):
+        assert found(gauge, device="cpu") == 0
+    utilization = found("lossgrad_device_utilization_ratio", device="cpu")
+    assert utilization is not None
+    assert 0 < utilization <= 1
+
+
+def test_the_queue_is_what_it_is_at_the_scrape_and_refusals_are_counted(
+    running: RunningServer, connect: Connect
+) -> None:
+    worker = running.worker
+    assert worker is not None
+    stub = stub_on(connect(running.address))
+    worker.hold()
+    calls = [stub.ComputeLoss.future(request([1.0] * 4, [0.0] * 4, L1))]
+    worker.wait_for_batch()
+    calls += [stub.ComputeLoss.future(request([1.0] * size, [0.0] * size, SMOOTH_L1)) for size in (1, 2, 3)]
+    eventually(lambda: running.batcher.waiting_requests == 3)
+    for _ in range(2):
+        failure(stub.ComputeLoss, request([1.0], [0.0], L1))
+    found = scrape(running)
+    assert found("lossgrad_queue_requests", device="cpu") == 3
+    assert found("lossgrad_queue_bytes", device="cpu") == (1 + 2 + 3) * 3 * 4  # two tensors and a gradient
+    assert found("lossgrad_inflight_bytes", device="cpu") == (1 + 2 + 3) * 3 * 4 + 4 * 2 * 4
+    assert found.of("lossgrad_rejected_total") == {labelled(reason="queue_full"): 2}
+    assert found("lossgrad_requests_total", loss="l1", mode="loss", api="native", outcome="overloaded") == 2
+    worker.release()
+    for call in calls:
+        call.result(timeout=PATIENCE_SECONDS)
+    assert scrape(running)("lossgrad_batch_requests_sum", device="cpu") == 4
+
+
+# ---- Names, types and buckets ----
+
+COUNTERS = [
+    "grpc_server_started",
+    "grpc_server_handled",
+    "grpc_server_msg_received",
+    "grpc_server_msg_sent",
+    "lossgrad_requests",
+    "lossgrad_elements",
+    "lossgrad_batches",
+    "lossgrad_rejected",
+    "lossgrad_nonfinite_results",
+]
+HISTOGRAMS = [
+    "grpc_server_handling_seconds",
+    "lossgrad_request_duration_seconds",
+    "lossgrad_stage_duration_seconds",
+    "lossgrad_request_bytes",
+    "lossgrad_response_bytes",
+    "lossgrad_batch_requests",
+    "lossgrad_batch_elements",
+]
+GAUGES = [
+    "lossgrad_ready",
+    "lossgrad_build_info",
+    "lossgrad_queue_requests",
+    "lossgrad_queue_bytes",
+    "lossgrad_inflight_bytes",
+    "lossgrad_device_utilization_ratio",
+]
+
+
+def test_the_names_and_types_are_those_that_are_promised(server: RunningServer) -> None:
+    expected = (
+        dict.fromkeys(COUNTERS, "counter") | dict.fromkeys(HISTOGRAMS, "histogram") | dict.fromkeys(GAUGES, "gauge")
+    )
+    types = {name: kind for name, kind in Scrape(server.scrape()).types.items() if not name.endswith("_created")}
+    assert types == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last", "count"),
+    [
+        ("lossgrad_request_duration_seconds", "1e-05", "60.0", 25),
+        ("lossgrad_stage_duration_seconds", "1e-05", "60.0", 25),
+        ("grpc_server_handling_seconds", "1e-05", "60.0", 25),
+        ("lossgrad_request_bytes", "0.0", "4.294967296e+09", 14),
+        ("lossgrad_batch_requests", "1.0", "1024.0", 11),
+        ("lossgrad_batch_elements", "1.0", "1.073741824e+09", 16),
+    ],
+)
+def test_buckets_begin_where_requests_are(
+    server: RunningServer, stub: LossServiceStub, name: str, first: str, last: str, count: int
+) -> None:
+    """At 10 microseconds: in the customary buckets every request of ours would be in the first."""
+    stub.ComputeLoss(request([1.0], [2.0]))
+    found = scrape(server)
+    bounds = [dict(labels)["le"] for own, labels in found.samples if own == f"{name}_bucket"]
+    assert bounds[0] == first
+    assert bounds[count - 1] == last
+    assert bounds[count] == "+Inf"
+
+
+def test_build_info_tells_what_runs(server: RunningServer) -> None:
+    ((labels, value),) = Scrape(server.scrape()).of("lossgrad_build_info").items()
+    assert value == 1
+    told = dict(labels)
+    assert told["version"] == lossgrad_server.__version__
+    assert told["device"] == "cpu"
+    assert told.keys() == {"version", "torch", "python", "grpc", "device", "determinism"}
+
+
+# ---- Closed sets ----
+
+
+def test_what_callers_name_adds_no_series(running: RunningServer, connect: Connect) -> None:
+    channel = connect(running.address)
+    stub = stub_on(channel)
+    stub.ComputeLoss(request([1.0], [2.0]))
+    failure(stub.ComputeLoss, BAD)
+    before = scrape(running).series()
+    for method in ("/evil.Service/Method", f"/{SERVICE}/NoSuchMethod", "/x/y" * 50):
+        call: Callable[..., Any] = channel.unary_unary(method)
+        with pytest.raises(grpc.RpcError) as caught:
+            call(b"", timeout=PATIENCE_SECONDS)
+        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    for number in range(5):
+        hostile = request([1.0] * (number + 1), [2.0] * (number + 1), idempotency_key=f'"}}{number}\n\\')
+        stub.ComputeLoss(hostile, metadata=((f"x-{number}", f"value {number}"),))
+        beta = request([1.0], [2.0], pb.LossSpec(smooth_l1=pb.SmoothL1Loss(beta=-1.0 - number)))
+        failure(stub.ComputeLoss, beta)
+    assert scrape(running).series() == before
+
+
+CLOSED = {
+    "loss": {"smooth_l1", "huber", "l1", "mse", "mixed", "unknown"},
+    "mode": {"loss", "loss_grad", "unknown"},
+    "api": {"native", "stream"},
+    "outcome": {
+        "ok", "invalid", "overloaded", "too_large", "deadline", "cancelled", "oom", "device", "internal",
+    },
+    "stage": {"decode", "queue", "pack", "compute", "unpack", "encode"},
+    "device": {"cpu"},
+    "closed_by": {"idle", "max_requests", "max_elements", "max_bytes", "alone"},
+    "reason": {"queue_full", "bytes_full", "draining", "warming_up", "too_large", "deadline"},
+    "grpc_type": {"unary", "bidi_stream"},
+    "grpc_service": {SERVICE},
+    "grpc_method": {"ComputeLoss", "StreamComputeLoss", "AccumulateLoss", "GetServerInfo"},
+    "grpc_code": {code.name for code in grpc.StatusCode},
+}  # fmt: skip
+
+
+def test_label_values_come_from_closed_sets(server: RunningServer) -> None:
+    for name, labels in Scrape(server.scrape()).series():
+        if name == "lossgrad_build_info":
+            continue
+        for label, value in labels:
+            assert label == "le" or value in CLOSED[label], (name, label, value)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(device="cpu", build_info={"version": "1"})
+
+
+def test_every_error_has_an_outcome_and_a_rejection_from_the_closed_sets(metrics: Metrics) -> None:
+    for code in Code:
+        for reason in Reason:
+            metrics.failed(None, "native", RequestError("", code=code, reason=reason))
+    found = Scrape(generate_latest(metrics.registry).decode())
+    outcomes = {dict(labels)["outcome"] for labels in found.of("lossgrad_requests_total")}
+    assert outcomes == CLOSED["outcome"] - {"ok"}
+    assert sum(found.of("lossgrad_requests_total").values()) == len(Code) * len(Reason)
+    assert {dict(labels)["reason"] for labels in found.of("lossgrad_rejected_total")} == CLOSED["reason"]
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "outcome"),
+    [
+        (Code.INVALID_ARGUMENT, Reason.BAD_SHAPE, "invalid"),
+        (Code.RESOURCE_EXHAUSTED, Reason.RESULT_TOO_LARGE, "too_large"),
+        (Code.RESOURCE_EXHAUSTED, Reason.OUT_OF_DEVICE_MEMORY, "oom"),
+        (Code.UNAVAILABLE, Reason.QUEUE_FULL, "overloaded"),
+        (Code.UNAVAILABLE, Reason.DEVICE_FAILED, "device"),
+        (Code.DEADLINE_EXCEEDED, Reason.DEADLINE_PASSED, "deadline"),
+        (Code.CANCELLED, Reason.CANCELLED, "cancelled"),
+        (Code.INTERNAL, Reason.INTERNAL, "internal"),
+    ],
+)
+def test_outcomes_tell_whose_trouble_it_was(metrics: Metrics, code: Code, reason: Reason, outcome: str) -> None:
+    metrics.failed(None, "stream", RequestError("", code=code, reason=reason))
+    found = Scrape(generate_latest(metrics.registry).decode())
+    assert found("lossgrad_requests_total", loss="unknown", mode="unknown", api="stream", outcome=outcome) == 1
+
+
+# ---- Utilization ----
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_utilization_is_the_busy_share_of_the_last_ten_seconds() -> None:
+    clock = Clock()
+    utilization = Utilization(clock)
+    assert utilization.ratio() == 0
+    clock.now += 2
+    utilization.busy(0.5)
+    assert utilization.ratio() == pytest.approx(0.25)  # of the two seconds that there are
+    clock.now += 6
+    utilization.busy(3)
+    assert utilization.ratio() == pytest.approx(3.5 / 8)
+    clock.now += 2
+    assert utilization.ratio() == pytest.approx(0.35)
+    clock.now += 4  # the first span has left the window
+    assert utilization.ratio() == pytest.approx(0.3)
+    clock.now += 2.5  # and of the second, half a second
+    assert utilization.ratio() == pytest.approx(0.15)
+    clock.now += 20
+    assert utilization.ratio() == 0
+
+
+def test_utilization_of_a_device_that_never_rests_is_1() -> None:
+    clock = Clock()
+    utilization = Utilization(clock)
+    clock.now += 100
+    utilization.busy(100)
+    assert utilization.ratio() == 1
+
+
+def test_utilization_keeps_little_at_any_rate_of_batches() -> None:
+    clock = Clock()
+    utilization = Utilization(clock)
+    for _ in range(20_000):
+        clock.now += 0.001
+        utilization.busy(0.0005)
+    assert utilization.ratio() == pytest.approx(0.5, rel=0.02)
+    assert len(utilization._spans) <= 200
+
+
+# ---- Histograms ----
+
+
+@given(st.lists(st.tuples(st.floats(0, 100) | st.sampled_from(SECONDS), st.integers(1, 5)), max_size=30))
+def test_our_histogram_exports_what_the_librarys_would(observations: list[tuple[float, int]]) -> None:
+    ours = Histogram("seconds", "Help.", ("stage",), SECONDS)
+    theirs_registry, ours_registry = CollectorRegistry(), CollectorRegistry()
+    theirs = LibraryHistogram("seconds", "Help.", ("stage",), buckets=SECONDS, registry=theirs_registry)
+    ours_registry.register(ours)
+    series = ours.labels("queue")
+    child = theirs.labels("queue")
+    for value, times in observations:
+        series.observe(value, times)
+        for _ in range(times):
+            child.observe(value)
+    exported, expected = (Scrape(generate_latest(registry).decode()) for registry in (ours_registry, theirs_registry))
+    assert exported.series() == expected.series()
+    for key in expected.series():
+        assert exported.samples[key] == pytest.approx(expected.samples[key])
+    assert exported.types["seconds"] == "histogram"
+
+
+def test_a_histogram_refuses_labels_that_it_does_not_have() -> None:
+    histogram = Histogram("seconds", "Help.", ("stage",), SECONDS)
+    bad: Callable[..., Any] = histogram.labels
+    with pytest.raises(ValueError, match="stage"):
+        bad("queue", "cpu")
+    registry = CollectorRegistry()
+    registry.register(histogram)
+    with pytest.raises(ValueError, match="Duplicated"):
+        registry.register(Histogram("seconds", "Help.", (), SECONDS))
