@@ -1,4 +1,4 @@
-"""The CPU engine's promise: an item's bits depend on the item alone. Not on its company, where its bytes lie, threads or pieces."""
+"""The CPU engine's promise: an item's bits depend on it alone; not on company, addresses, threads or pieces."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def shapes() -> st.SearchStrategy[tuple[tuple[int, ...], tuple[int, ...]]]:
     flat = st.sampled_from(LENGTHS).map(lambda n: ((n,), (n,)))
     pairs = st.tuples(st.integers(1, 9), st.sampled_from([1, 2, 4, 63, 64, 65, 600, 4097]))
     matrices = pairs.map(lambda s: (s, s))
-    broadcast = st.tuples(pairs, st.sampled_from(["row", "column", "scalar", "vector", "outer", "input"])).map(_broadcast)
+    broadcast = st.tuples(pairs, st.sampled_from(["row", "column", "scalar", "vector", "outer", "input"])).map(
+        _broadcast
+    )
     cubes = st.tuples(st.integers(1, 5), st.integers(1, 70), st.integers(1, 70)).flatmap(
         lambda s: st.tuples(*[st.sampled_from([extent, 1]) for extent in s]).map(lambda t: (s, t))
     )
@@ -109,7 +111,9 @@ def company() -> list[WorkItem]:
     nan = job(spec(), [math.nan] * 700, [0.0] * 700)
     return [
         nan.item,
-        job([spec(kind, 0.5, Reduction.NONE) for kind in LossKind], np.ones((40, 50)), np.ones(50), DataType.BFLOAT16).item,
+        job(
+            [spec(kind, 0.5, Reduction.NONE) for kind in LossKind], np.ones((40, 50)), np.ones(50), DataType.BFLOAT16
+        ).item,
         job(spec(), [], [], DataType.FLOAT64).item,
         job(spec(reduction=Reduction.SAMPLE_MEAN), np.ones((300, 3)), np.zeros((300, 1)), DataType.FLOAT16).item,
         job(spec(LossKind.MSE), np.ones(20_000), np.zeros(20_000)).item,
@@ -162,7 +166,7 @@ def test_other_requests_between_two_pieces_change_no_bits(workers: list[CpuWorke
         job(wide, x[:, :1], y, DataType.BFLOAT16),
     ]
     for worker in workers[1:]:
-        expected = [outcome for outcome in workers[0].run([one.item for one in large]).outcomes]
+        expected = workers[0].run([one.item for one in large]).outcomes
         # Several large ones at once, in turn, and small ones in between.
         open_jobs = [worker.begin(one.item) for one in large]
         left = list(range(len(large)))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numba.core import config
 
 from lossgrad_server.engine import cpu_native, cpu_worker
 from lossgrad_server.engine.cpu_worker import CpuWorker, determinism
@@ -235,11 +236,11 @@ class TestCache:
         cpu_native._cache_directory.cache_clear()
 
     def test_is_where_numba_cache_dir_says(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr(cpu_native.config, "CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
         assert cpu_native._cache_directory() == tmp_path / "lossgrad"
 
     def test_is_read_where_it_cannot_be_written(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr(cpu_native.config, "CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
         (tmp_path / "lossgrad").mkdir()
         (tmp_path / "lossgrad" / "cpu_x-1.py311.nbi").touch()
         monkeypatch.setattr(cpu_native, "is_writable", lambda _: False)
@@ -248,7 +249,7 @@ class TestCache:
     def test_may_be_nowhere(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(cpu_native.config, "CACHE_DIR", str(tmp_path / "nothing"))
+        monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "nothing"))
         monkeypatch.setattr(cpu_native, "__file__", str(tmp_path / "cpu_native.py"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nobody"))
         monkeypatch.setattr(cpu_native, "is_writable", lambda _: False)
@@ -262,8 +263,8 @@ class TestCache:
         directory = tmp_path / "lossgrad"
         directory.mkdir()
         (directory / "cpu_x-1.py311.nbi").touch()
-        monkeypatch.setattr(cpu_native.config, "CACHE_DIR", str(tmp_path))
-        monkeypatch.setattr(cpu_native.config, "CACHE_LOCATOR_CLASSES", f"{cpu_native.__name__}.CacheDirectory")
+        monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(config, "CACHE_LOCATOR_CLASSES", f"{cpu_native.__name__}.CacheDirectory")
         monkeypatch.setattr(cpu_native, "is_writable", lambda _: False)
         entry = cpu_native._compile("lossgrad_double", "int64(int64)", _double)
         assert entry.ctypes(21) == 42
@@ -273,8 +274,8 @@ class TestCache:
     def test_forgets_what_was_compiled_from_other_sources(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        monkeypatch.setattr(cpu_native.config, "CACHE_DIR", str(tmp_path))
-        monkeypatch.setattr(cpu_native.config, "CACHE_LOCATOR_CLASSES", f"{cpu_native.__name__}.CacheDirectory")
+        monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(config, "CACHE_LOCATOR_CLASSES", f"{cpu_native.__name__}.CacheDirectory")
         hits: list[Any] = []
         for digest in ("one", "one", "another"):
             monkeypatch.setattr(cpu_native, "source_digest", lambda digest=digest: digest)
