@@ -15,10 +15,7 @@ from numba import float64
 
 from lossgrad_server.engine.cpu_intrinsics import LOOP_SIGNATURE, array_at, call_loop, fused_multiply_add
 from lossgrad_server.engine.cpu_layout import (
-    FLOAT32_GRADIENT,
-    FLOAT64_GRADIENT,
     LANES,
-    NO_GRADIENT,
     ROWS,
     SCRATCH_WEIGHT,
     SPEC,
@@ -35,31 +32,39 @@ def clamp(value: Any, limit: Any) -> Any:
     return -limit if upper < -limit else upper
 
 
-def _float32_loop(name: str, is_pair: bool, gradient: int, writes_loss: bool, is_full: bool) -> Any:
+@inlined
+def _add(total: Any, j: Any, arrays: Any, limit: Any, factor: Any, is_pair: Any, has_gradient: Any, writes_loss: Any,
+         is_full: Any) -> Any:  # fmt: skip
+    """Compute one element and return `total` plus its loss. The flags are constants once this is inlined."""
+    first, second, weights, scales, gradients, losses = arrays
+    d = float64(first[j] - second[j]) if is_pair else float64(first[j])
+    p = clamp(d, limit)
+    if has_gradient:
+        gradients[j] = p * factor * scales[j] if is_full else p * factor
+    rest = fused_multiply_add(-0.5, p, d)
+    if not writes_loss:
+        return fused_multiply_add(p, rest, total)
+    # abs, because the loss of -0.0 would be -0.0
+    loss = abs(p * rest) * weights[j] if is_full else abs(p * rest)
+    losses[j] = loss
+    return total + loss
+
+
+def _float32_loop(
+    name: str, *, is_pair: bool = False, gradient: Any = None, writes_loss: bool = False, is_full: bool = False
+) -> Any:
     """Make a loop for differences in float32, computed with and summed in float64.
 
-    `is_pair`: it subtracts two float32 arrays itself; otherwise the first holds the differences, as float64.
+    `is_pair`: it subtracts two float32 arrays itself; otherwise the first holds the differences, as float64. `gradient`
+    is the type that it writes gradients in, if it does.
     """
+    # numba's cache tells these loops apart by what they refer to here, which must be plain values for that.
+    has_gradient = gradient is not None
+    gradient_type = gradient or np.float64
     source_type = np.float32 if is_pair else np.float64
-    gradient_type = np.float32 if gradient == FLOAT32_GRADIENT else np.float64
     source_bytes = LANES * np.dtype(source_type).itemsize
     gradient_bytes = LANES * np.dtype(gradient_type).itemsize
     float64_bytes = LANES * 8
-
-    @inlined
-    def add(total: Any, j: Any, arrays: Any, limit: Any, factor: Any) -> Any:
-        first, second, weights, scales, gradients, losses = arrays
-        d = float64(first[j] - second[j]) if is_pair else first[j]
-        p = clamp(d, limit)
-        if gradient != NO_GRADIENT:
-            gradients[j] = gradient_type(p * factor * scales[j] if is_full else p * factor)
-        rest = fused_multiply_add(-0.5, p, d)
-        if not writes_loss:
-            return fused_multiply_add(p, rest, total)
-        # abs, because the loss of -0.0 would be -0.0
-        loss = abs(p * rest) * weights[j] if is_full else abs(p * rest)
-        losses[j] = loss
-        return total + loss
 
     @native(LOOP_SIGNATURE, name)
     def loop(count: int, first: int, second: int, weights: int, scales: int, gradients: int, losses: int, lanes: int,
@@ -81,14 +86,15 @@ def _float32_loop(name: str, is_pair: bool, gradient: int, writes_loss: bool, is
             )
             if whole:
                 for j in range(LANES):
-                    total = add(sums[j], j, arrays, limit, factor)
-                    total = add(total, j + LANES, arrays, limit, factor)
-                    total = add(total, j + 2 * LANES, arrays, limit, factor)
-                    sums[j] = add(total, j + 3 * LANES, arrays, limit, factor)
+                    total = _add(sums[j], j, arrays, limit, factor, is_pair, has_gradient, writes_loss, is_full)
+                    for row_of_four in range(1, ROWS):
+                        k = j + row_of_four * LANES
+                        total = _add(total, k, arrays, limit, factor, is_pair, has_gradient, writes_loss, is_full)
+                    sums[j] = total
                 row += ROWS
             else:
                 for j in range(width):
-                    sums[j] = add(sums[j], j, arrays, limit, factor)
+                    sums[j] = _add(sums[j], j, arrays, limit, factor, is_pair, has_gradient, writes_loss, is_full)
                 row += 1
         return 0
 
@@ -134,14 +140,14 @@ _LOOP_COUNT = len(Loop)
 
 # By their number in cpu_layout.Loop.
 LOOPS = (
-    _float32_loop("pair", True, NO_GRADIENT, False, False),
-    _float32_loop("pair_gradient", True, FLOAT32_GRADIENT, False, False),
-    _float32_loop("pair_loss", True, NO_GRADIENT, True, False),
-    _float32_loop("pair_loss_gradient", True, FLOAT32_GRADIENT, True, False),
-    _float32_loop("plain", False, NO_GRADIENT, False, False),
-    _float32_loop("plain_gradient", False, FLOAT32_GRADIENT, False, False),
-    _float32_loop("plain_wide_gradient", False, FLOAT64_GRADIENT, False, False),
-    _float32_loop("full", False, FLOAT64_GRADIENT, True, True),
+    _float32_loop("pair", is_pair=True),
+    _float32_loop("pair_gradient", is_pair=True, gradient=np.float32),
+    _float32_loop("pair_loss", is_pair=True, writes_loss=True),
+    _float32_loop("pair_loss_gradient", is_pair=True, gradient=np.float32, writes_loss=True),
+    _float32_loop("plain"),
+    _float32_loop("plain_gradient", gradient=np.float32),
+    _float32_loop("plain_wide_gradient", gradient=np.float64),
+    _float32_loop("full", gradient=np.float64, writes_loss=True, is_full=True),
     _float64_loop("float64_plain", False, False),
     _float64_loop("float64_gradient", True, False),
     _float64_loop("float64_full", True, True),

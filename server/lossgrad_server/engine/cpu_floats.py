@@ -84,27 +84,28 @@ def float16_bits(value: Any) -> Any:
     return uint16(result | sign)
 
 
+@inlined
+def _convert(address: Any, stride: Any, count: Any, source_type: Any, out: Any) -> None:
+    source = array_at(address, count, source_type)
+    if stride == 0:
+        first = source[0]
+        for index in range(count):
+            out[index] = first
+    else:
+        for index in range(count):
+            out[index] = source[index]
+
+
 def _loader(name: str, dtype: Any) -> Any:
     """Make the function that reads elements of any type as float32 or as float64."""
-
-    @inlined
-    def convert(address: Any, stride: Any, count: Any, source_type: Any, out: Any) -> None:
-        source = array_at(address, count, source_type)
-        if stride == 0:
-            first = dtype(source[0])
-            for index in range(count):
-                out[index] = first
-        else:
-            for index in range(count):
-                out[index] = dtype(source[index])
 
     @native("int64(int64, int64, int64, int64, int64)", name)
     def load(data_type: int, address: int, stride: int, count: int, destination: int) -> int:
         out = array_at(destination, count, dtype)
         if data_type == FLOAT32:
-            convert(address, stride, count, np.float32, out)
+            _convert(address, stride, count, np.float32, out)
         elif data_type == FLOAT64:
-            convert(address, stride, count, np.float64, out)
+            _convert(address, stride, count, np.float64, out)
         elif data_type == FLOAT16:
             halves = array_at(address, count, np.uint16)
             for index in range(count):
@@ -114,15 +115,15 @@ def _loader(name: str, dtype: Any) -> Any:
             for index in range(count):
                 out[index] = bfloat16_value(halves[index * stride])
         elif data_type == INT64:
-            convert(address, stride, count, np.int64, out)
+            _convert(address, stride, count, np.int64, out)
         elif data_type == INT32:
-            convert(address, stride, count, np.int32, out)
+            _convert(address, stride, count, np.int32, out)
         elif data_type == INT16:
-            convert(address, stride, count, np.int16, out)
+            _convert(address, stride, count, np.int16, out)
         elif data_type == INT8:
-            convert(address, stride, count, np.int8, out)
+            _convert(address, stride, count, np.int8, out)
         elif data_type == UINT8:
-            convert(address, stride, count, np.uint8, out)
+            _convert(address, stride, count, np.uint8, out)
         else:
             truths = array_at(address, count, np.uint8)
             for index in range(count):

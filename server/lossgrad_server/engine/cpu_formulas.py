@@ -29,7 +29,7 @@ NEAR: Final = 2.0**-240
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The factors of one spec. `scale` is `scale * second_scale`, because L1's is beyond what one float64 holds."""
+    """The factors of one spec. The formula's `scale` is `scale * second_scale`: it may be beyond what one float64 holds."""
 
     limit: float
     divisor: float
@@ -71,10 +71,14 @@ def _smooth_l1_float64(beta: float) -> Factors:
     limit, exponent = math.frexp(beta)
     if limit == 0.5:
         limit, exponent = 1.0, exponent - 1
-    if exponent < -1022:  # beta is subnormal, and its scale beyond float64
-        limit, exponent = math.ldexp(beta, 1022), -1022
-    # half * p = p / scale / 2
-    return Factors(limit=limit, divisor=limit, half=math.ldexp(1.0, exponent - 1), scale=math.ldexp(1.0, -exponent))
+    first = max(exponent, -1022)  # the scale of a subnormal beta is beyond what one float64 holds
+    return Factors(
+        limit=limit,
+        divisor=limit,
+        half=math.ldexp(1.0, exponent - 1),  # half * p = p / scale / 2
+        scale=math.ldexp(1.0, -first),
+        second_scale=math.ldexp(1.0, first - exponent),
+    )
 
 
 def _l1_float64() -> Factors:

@@ -71,8 +71,6 @@ class Walk(IntEnum):
 
 # A job's operands, by their place in the tables.
 INPUT, TARGET, WEIGHT, MASK = range(4)
-# What a block's gradient is written as. FLOAT64 is also what becomes every other type in a second step.
-NO_GRADIENT, FLOAT32_GRADIENT, FLOAT64_GRADIENT = range(3)
 
 _word = np.int64
 _WALK_COUNT: Final = len(Walk)

@@ -19,7 +19,10 @@ _BYTEARRAY_BYTES: Final = 1 << 13
 
 
 class OperandMismatch(ValueError):
-    """A job's operands are not what its program says: contiguous buffers, so many, of such lengths."""
+    """A job's operands are not what its program says."""
+
+    def __init__(self) -> None:
+        super().__init__("the operands are not as many contiguous buffers, of such lengths, as the plan says")
 
 
 class Memory:
@@ -89,7 +92,7 @@ class Arena:
             self._grow(state_bytes, result_bytes, 8 * len(buffers))
         failed = self._gather(self._call_address, code, buffers, self._addresses.address, len(programs), holding_gil)
         if failed:
-            raise OperandMismatch(f"operands of item {failed - 1}")
+            raise OperandMismatch
         if not holding_gil:
             self._kernel.compute_without_gil(self._call_address)
         return ctypes.string_at(self._results.address, result_bytes)

@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import llvmlite.binding
-from numba import cfunc, njit, types
+from numba import njit, types
 from numba.core import config
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
+
+from lossgrad_server.jobs import DataType, LossKind, Reduction
+from lossgrad_server.work import SPEC_RESULT
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,9 @@ _NUMERICS: Final = {"error_model": "numpy", "fastmath": False}
 
 # A function that is compiled into those that call it.
 inlined: Final = njit(**_NUMERICS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+# Sources of the CPU engine of which nothing is compiled.
+_NOT_COMPILED: Final = ("cpu_memory", "cpu_pieces", "cpu_worker")
 
 _functions: list[tuple[str, Any, Callable[..., Any]]] = []
 _addresses: dict[str, int] = {}
@@ -75,14 +81,13 @@ def load() -> None:
 
 
 def _compile(symbol: str, signature: Any, function: Callable[..., Any]) -> Any:
-    try:
-        compiled = CFunc(function, normalize_signature(signature), locals={}, options=_NUMERICS)
-        compiled._cache = _SymbolCache(function, symbol)
-        compiled.compile()
-        return compiled
-    except (RuntimeError, OSError) as error:
-        _warn_about_cache(str(error))
-        return cfunc(signature, **_NUMERICS)(function)
+    entry = CFunc(function, normalize_signature(signature), locals={}, options=_NUMERICS)
+    if _cache_directory() is None:
+        _warn_about_cache()
+    else:
+        entry._cache = _SymbolCache(function, symbol)
+    entry.compile()
+    return entry
 
 
 class _SymbolCache(FunctionCache):
@@ -100,18 +105,26 @@ class _SymbolCache(FunctionCache):
     def _index_key(self, sig: Any, codegen: Any) -> Any:
         return sig, codegen.magic_tuple(), self._symbol
 
+    def save_overload(self, sig: Any, data: Any) -> None:
+        # numba fails where it cannot save what it has just compiled.
+        if is_writable(Path(self.cache_path)):
+            super().save_overload(sig, data)
+        else:
+            _warn_about_cache()
+
 
 @cache
-def _warn_about_cache(reason: str) -> None:
-    logger.warning("The CPU kernels are compiled anew at every start: %s. Set NUMBA_CACHE_DIR to a directory", reason)
+def _warn_about_cache() -> None:
+    logger.warning("The CPU kernels are compiled anew at every start; to cache them, set NUMBA_CACHE_DIR")
 
 
 @cache
 def source_digest() -> str:
-    """Return a digest of all the kernels' sources."""
-    digest = hashlib.sha256()
+    """Return a digest of all that the compiled code depends on: the kernels' sources, and the numbers from outside."""
+    digest = hashlib.sha256(repr([list(DataType), list(LossKind), list(Reduction), SPEC_RESULT.format]).encode())
     for path in sorted(Path(__file__).parent.glob("cpu_*.py")):
-        digest.update(path.read_bytes())
+        if path.stem not in _NOT_COMPILED:
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -119,8 +132,8 @@ class CacheDirectory:
     """Where numba caches the native functions: its interface for that (NUMBA_CACHE_LOCATOR_CLASSES).
 
     Unlike numba's own, it notices a change in any of the kernels' files, and reads from a directory that it may not
-    write to, such as one that is part of a container's image. Directories, the first that is there and usable:
-    NUMBA_CACHE_DIR, the package's own __pycache__, the user's cache.
+    write to, such as one that is part of a container's image. Directories, the first that has kernels or can be written
+    to: NUMBA_CACHE_DIR, the package's own __pycache__, the user's cache.
     """
 
     def __init__(self, function: Callable[..., Any], directory: Path) -> None:
@@ -146,8 +159,17 @@ class CacheDirectory:
         return str(self._line)
 
     def ensure_cache_path(self) -> None:
-        """Fail where the directory cannot be written to."""
-        tempfile.TemporaryFile(dir=self._directory).close()
+        """Do nothing: `native` functions are not saved where the directory cannot be written to."""
+
+
+def is_writable(directory: Path) -> bool:
+    """Return whether files can be made in the directory, which is made if it is not there."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError:
+        return False
+    return True
 
 
 @cache
@@ -155,12 +177,6 @@ def _cache_directory() -> Path | None:
     chosen = [Path(config.CACHE_DIR) / "lossgrad"] if config.CACHE_DIR else []
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     for directory in (*chosen, Path(__file__).parent / "__pycache__", user / "lossgrad"):
-        if any(directory.glob("cpu_*.nbi")) and os.access(directory, os.R_OK | os.X_OK):
+        if any(directory.glob("cpu_*.nbi")) or is_writable(directory):
             return directory
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=directory).close()
-        except OSError:
-            continue
-        return directory
     return None
