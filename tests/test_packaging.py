@@ -81,7 +81,7 @@ def test_the_client_alone_needs_four_packages_and_neither_torch_nor_the_server(
 
 
 def test_the_extras_bring_what_they_are_named_for(metadata: email.message.Message) -> None:
-    assert {"torch", "prometheus-client", "grpcio-health-checking", "grpcio-reflection"} == requirements(
+    assert {"torch", "numba", "prometheus-client", "grpcio-health-checking", "grpcio-reflection"} == requirements(
         metadata, "server"
     )
     assert requirements(metadata, "torch") == {"torch"}

@@ -210,7 +210,7 @@ class Metrics:
             self.rejected.labels(rejection).inc()
 
     def batch_done(self, batch: Batch, result: BatchResult, busy_ns: int) -> None:
-        """Note a batch that ran. Called from the batcher's thread, which alone observes these series."""
+        """Note a batch that ran. Called by one thread at a time, and nobody else observes these series."""
         size = len(batch.jobs)
         self._stages["pack"].observe(result.pack_ns * 1e-9, size)
         self._stages["compute"].observe(result.compute_ns * 1e-9, size)

@@ -98,7 +98,7 @@ class Pending(Protocol):
 
 
 class DeviceWorker(Protocol):
-    """Computes batches on one device. `is_large` is called from any thread, all else from one, the batcher's."""
+    """Computes batches on one device. `is_large` is called from any thread, all else by one at a time."""
 
     @property
     def device(self) -> str:
@@ -107,6 +107,10 @@ class DeviceWorker(Protocol):
     @property
     def slots(self) -> int:
         """How many batches may be under way at a time."""
+
+    @property
+    def inline_work(self) -> int:
+        """Batches of at most this much work, elements times losses, cost less than handing them to another thread."""
 
     @property
     def is_lost(self) -> bool:

@@ -62,6 +62,7 @@ class FakeWorker:
     """A worker that holds each batch until the test lets it go, if it is told to, and can be made to fail."""
 
     device = "cpu"
+    inline_work = 0
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []

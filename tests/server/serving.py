@@ -68,6 +68,10 @@ class HeldWorker:
         return 1
 
     @property
+    def inline_work(self) -> int:
+        return 0
+
+    @property
     def is_lost(self) -> bool:
         return False
 

@@ -46,6 +46,7 @@ class StepWorker:
     """A worker of which each step is seen by the test, and done when the test allows it."""
 
     device = "cpu"
+    inline_work = 0
 
     def __init__(self, slots: int = 2) -> None:
         self.slots = slots

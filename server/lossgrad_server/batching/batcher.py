@@ -5,6 +5,9 @@ worker: it warms it up, runs every batch and closes it. The queue and admission 
 microseconds and never while the worker runs. Outcomes leave through `post`, once per batch, so that the transport's
 thread is woken once however many jobs a batch held. While the worker computes, the next batch gathers by itself.
 
+A few small jobs that find the worker's thread asleep are computed at once by the thread that submits them, which takes
+less time than waking another one and being woken. `_device` sees to it that only one thread uses the worker.
+
 Large jobs are computed in pieces, one job at a time, and between two pieces the worker takes a batch of small ones: so a
 small job behind a large one waits for a piece and not for the whole. A device with several slots has as many batches
 under way, and the batcher waits for the oldest only when there is nothing to submit.
@@ -20,7 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from lossgrad_server.batching.admission import Admission, AdmissionLimits
-from lossgrad_server.batching.forming import Batch, BatchLimits
+from lossgrad_server.batching.forming import Batch, BatchLimits, ClosedBy
 from lossgrad_server.batching.job import Computed, Job
 from lossgrad_server.batching.waiting import WaitingJobs
 from lossgrad_server.errors import Code, InternalError, Reason, RequestError, TooLarge, Unavailable
@@ -70,6 +73,8 @@ class Batcher:
         self._post = post
         self._observer = observer
         self._lock = threading.Lock()
+        # Held by whoever uses the worker: its thread, except while that sleeps, or a submitter that computes inline.
+        self._device = threading.Lock()
         self._waiting = WaitingJobs(batch_limits)
         self._on_lost = on_lost
         self._is_lost = False
@@ -85,6 +90,11 @@ class Batcher:
     def waiting_requests(self) -> int:
         """How many jobs wait to be picked."""
         return len(self._waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the worker's thread sleeps."""
+        return self._is_asleep
 
     @property
     def admitted_requests(self) -> int:
@@ -136,12 +146,53 @@ class Batcher:
                 else:
                     job.queued_ns = now_ns
                     self._waiting.add(job, is_large=self._worker.is_large(job.plan))
+            inline = self._take_inline(jobs)
+            must_ring = inline is None and self._is_asleep and len(self._waiting) > 0
+            if must_ring:
+                self._is_asleep = False
+        if must_ring:
+            self._doorbell.put(None)
+        if inline is not None:
+            self._run_inline(inline)
+        return refused
+
+    def _take_inline(self, jobs: Sequence[Job]) -> Batch | None:
+        """Take what waits, if the device is free and it is little: computing it at once is then the shortest way."""
+        if not self._is_asleep or not self._worker.inline_work:
+            return None
+        if sum(job.plan.element_count * len(job.plan.specs) for job in jobs) > self._worker.inline_work:
+            return None
+        if len(self._waiting) > len(jobs) or not self._device.acquire(blocking=False):
+            return None
+        batch = self._waiting.take_small()
+        if batch is None:
+            self._device.release()
+        elif batch.closed_by is ClosedBy.IDLE:
+            batch.closed_by = ClosedBy.INLINE
+        return batch
+
+    def _run_inline(self, batch: Batch) -> None:
+        try:
+            outcomes: list[tuple[Job, Outcome]] = list(batch.dropped)
+            if batch.jobs:
+                outcomes += self._compute(_Run(batch, time.perf_counter_ns(), is_large=False))
+        finally:
+            self._device.release()
+        self._release(outcomes)
+        _hand_back(outcomes)
+        with self._lock:
             must_ring = self._is_asleep and len(self._waiting) > 0
             if must_ring:
                 self._is_asleep = False
         if must_ring:
             self._doorbell.put(None)
-        return refused
+
+    def _compute(self, run: _Run) -> list[tuple[Job, Outcome]]:
+        try:
+            run.pending = self._worker.submit([job.item for job in run.batch.jobs])
+        except Exception as error:
+            return self._failed(run, error)
+        return self._result(run)
 
     def close(self, timeout_seconds: float) -> None:
         """Refuse what comes and what waits, let the running batch finish, close the worker and end its thread."""
@@ -175,9 +226,22 @@ class Batcher:
         try:
             under_way: list[_Run] = []
             while self._begin_batches(under_way) or under_way:
-                self._go_on(under_way)
+                with self._device:
+                    self._go_on(under_way)
+        except Exception:
+            # A bug of ours. Nothing is computed any more, so the server must not go on as if it were.
+            logger.critical("The batcher of %s failed", self._worker.device, exc_info=True)
+            self._give_up()
         finally:
-            self._worker.close()
+            with self._device:
+                self._worker.close()
+
+    def _give_up(self) -> None:
+        with self._lock:
+            self._is_stopping = True
+            left = self._waiting.take_all()
+        self._deliver([(job, InternalError()) for job in left])
+        self._post(self._on_lost)
 
     def _begin_batches(self, under_way: list[_Run]) -> bool:
         """Submit what waits, as far as there are slots. Sleeps where there is nothing to do; False: for ever."""
@@ -193,9 +257,10 @@ class Batcher:
             if small is not None or large is not None or under_way:
                 break
             self._doorbell.get()
-        for batch in (small, large):
-            if batch is not None:
-                self._begin(batch, under_way, is_large=batch is large)
+        with self._device:
+            for batch in (small, large):
+                if batch is not None:
+                    self._begin(batch, under_way, is_large=batch is large)
         return True
 
     def _begin(self, batch: Batch, under_way: list[_Run], *, is_large: bool) -> None:
@@ -229,22 +294,27 @@ class Batcher:
             self._finish(under_way.pop(0))
 
     def _finish(self, run: _Run) -> None:
+        self._deliver(self._result(run))
+
+    def _result(self, run: _Run) -> list[tuple[Job, Outcome]]:
         try:
             result = run.pending.result()
             outcomes = self._outcomes(run.batch, result)
         except Exception as error:
-            self._fail(run, error)
-            return
+            return self._failed(run, error)
         self._observer.batch_done(run.batch, result, time.perf_counter_ns() - run.started_ns)
-        self._deliver(outcomes)
         if self._worker.is_lost and not self._is_lost:
             self._is_lost = True
             self._post(self._on_lost)
+        return outcomes
 
     def _fail(self, run: _Run, error: Exception) -> None:
+        self._deliver(self._failed(run, error))
+
+    def _failed(self, run: _Run, error: Exception) -> list[tuple[Job, Outcome]]:
         # A worker answers for its items itself, so this is a bug of its own; the server goes on all the same.
         logger.error("The worker of %s failed %s jobs", self._worker.device, len(run.batch.jobs), exc_info=error)
-        self._deliver([(job, InternalError()) for job in run.batch.jobs])
+        return [(job, InternalError()) for job in run.batch.jobs]
 
     def _outcomes(self, batch: Batch, result: BatchResult) -> list[tuple[Job, Outcome]]:
         outcomes: list[tuple[Job, Outcome]] = []
@@ -265,20 +335,22 @@ class Batcher:
         return outcomes
 
     def _deliver(self, outcomes: list[tuple[Job, Outcome]]) -> None:
-        if not outcomes:
-            return
+        if outcomes:
+            self._release(outcomes)
+            self._post(lambda: _hand_back(outcomes))
+
+    def _release(self, outcomes: list[tuple[Job, Outcome]]) -> None:
         with self._lock:
             for job, _ in outcomes:
                 self._admission.release(job)
 
-        def hand_back() -> None:
-            for job, outcome in outcomes:
-                try:
-                    job.on_done(job, outcome)
-                except Exception:  # one caller's trouble must not cost the others their answers
-                    logger.exception("Handing back a job failed")
 
-        self._post(hand_back)
+def _hand_back(outcomes: list[tuple[Job, Outcome]]) -> None:
+    for job, outcome in outcomes:
+        try:
+            job.on_done(job, outcome)
+        except Exception:  # one caller's trouble must not cost the others their answers
+            logger.exception("Handing back a job failed")
 
 
 def _failure(failure: WorkFailure) -> RequestError:

@@ -18,6 +18,7 @@ class ClosedBy(StrEnum):
     MAX_REQUESTS = "max_requests"
     MAX_ELEMENTS = "max_elements"
     MAX_BYTES = "max_bytes"
+    INLINE = "inline"  # little enough to be computed at once, in the transport's thread
     ALONE = "alone"  # the job by itself reaches a cap
 
 

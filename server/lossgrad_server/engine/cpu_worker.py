@@ -33,6 +33,8 @@ KERNEL_VERSION: Final = 1
 PIECE_WORK: Final = 1 << 20
 # Batches of less work than this keep the GIL: they take less time than another thread may keep us waiting for it.
 _HOLDING_GIL_WORK: Final = 1 << 15
+# Batches of at most this much work may be computed in the event loop's thread: a hand-over and back costs 100 us.
+INLINE_WORK: Final = 1 << 16
 
 Outcome = WorkResult | WorkFailure
 
@@ -61,6 +63,11 @@ class CpuWorker:
     def slots(self) -> int:
         """Two: a large request that is under way, and the batches that run between its pieces."""
         return 2
+
+    @property
+    def inline_work(self) -> int:
+        """Above this, a core's time on it, some 30 us, would hold up others."""
+        return INLINE_WORK
 
     @property
     def is_lost(self) -> bool:

@@ -81,6 +81,11 @@ class CudaWorker:
         return self._lost is not None
 
     @property
+    def inline_work(self) -> int:
+        """None: a launch and the wait for it cost more than a hand-over."""
+        return 0
+
+    @property
     def slots(self) -> int:
         """How many batches may be under way at a time."""
         return SLOTS

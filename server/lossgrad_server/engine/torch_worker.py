@@ -70,6 +70,11 @@ class TorchWorker:
         return 1
 
     @property
+    def inline_work(self) -> int:
+        """None: every batch costs more than a hand-over."""
+        return 0
+
+    @property
     def is_lost(self) -> bool:
         """It does not watch the device."""
         return False

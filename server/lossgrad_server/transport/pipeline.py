@@ -66,6 +66,9 @@ class PendingRequest:
         if isinstance(outcome, RequestError):
             self._pipeline.metrics.failed(job.plan, self._api, outcome)
             answer = outcome
+        # The job holds this request through `on_done`, and this request the job: a cycle that would keep every request's
+        # bytes until the next full garbage collection.
+        job.on_done = _answered
         self._on_answer(self, answer)
 
     def _encode(self, job: Job, computed: Computed) -> Answer:
@@ -78,6 +81,11 @@ class PendingRequest:
         seconds = (now_ns - self._started_ns) * 1e-9
         metrics.of_request(job.plan, self._api).done(seconds, job.plan.element_count, computed.result)
         return answer
+
+
+def _answered(job: Job, outcome: Outcome) -> None:
+    """Stand in for the `on_done` of a job that has been answered."""
+    logger.error("A job was handed back twice")
 
 
 class RequestPipeline:

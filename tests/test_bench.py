@@ -1,0 +1,106 @@
+"""The benchmarks run, in a configuration far too small to measure anything, and print JSON with what they promise."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import transport_messages as messages
+from bench.measuring import Bar, interleave, paired_ratio, parse_size, percentile, size_name, to_json
+from bench.transport import QUICK, SECTIONS
+from lossgrad_api import codec
+from lossgrad_api.v1 import loss_service_pb2 as pb
+
+_ROOT = Path(__file__).resolve().parent.parent
+_TINY = (
+    *("--rounds", "1", "--burst-seconds", "0.02", "--large-bytes", "64KiB", "--flat-calls", "200", "--many", "32"),
+    *("--mixed-seconds", "0.1", "--lag-seconds", "0.2", "--budget-seconds", "600"),
+)
+
+
+def _run(module: str, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=_ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+@pytest.mark.slow
+def test_transport_measures_everything_that_the_issue_asks_for() -> None:
+    sections = (*QUICK.sections, "unix", "many-callers", "streams")
+    assert set(sections) == set(SECTIONS)
+    report = _run("bench.transport", "--json", "--quick", "--sizes", "1KiB", "--only", *sections, *_TINY)
+    cells = report["cells"]
+    assert {cell["address"] for cell in cells} == {"tcp", "unix"}
+    assert {cell["path"] for cell in cells} >= {"floor", "idle", "server", "sdk", "sdk/floor", "client.stream"}
+    assert {cell["mode"] for cell in cells} >= {"unary", "unary, asyncio", "stream, 1 to a message", "packed"}
+    for cell in cells:
+        assert cell["calls"] > 0
+        assert cell["calls_per_second"] > 0
+        assert cell["path"] != "floor" or cell["ratio"] == 1.0
+    assert len(report["bars"]) == 4 + 8 + 1 + 1 + 1 + 2
+    assert all(isinstance(bar["is_met"], bool) for bar in report["bars"])
+    assert report["server"]["memory"]["server"]["peak_bytes"] > 0
+    assert report["skipped"] == []
+
+
+def test_the_echo_answers_as_large_as_the_server() -> None:
+    request = pb.ComputeLossRequest.FromString(messages.request(1024))
+    answer = pb.ComputeLossResponse.FromString(messages.answer(1024))
+    assert len(request.input.data) == len(request.target.data) == 1024
+    assert request.specs[0].include_gradient
+    assert len(answer.results[0].input_gradient.data) == 1024
+    assert answer.results[0].input_gradient.shape == request.input.shape
+    stream = pb.StreamComputeLossRequest.FromString(messages.stream_request(1024, 3))
+    assert [tagged.request for tagged in stream.requests] == [request] * 3
+    tags = [tag for tag, _ in codec.decode_stream_response(messages.stream_answer(1024, 3))]
+    assert tags == [tagged.tag for tagged in stream.requests]
+    assert messages.count_answers(messages.stream_answer(1024, 3)) == 3
+
+
+def test_everything_takes_its_turn_in_every_round() -> None:
+    turns: list[str] = []
+
+    def case(name: str) -> Callable[[], int]:
+        def run() -> int:
+            turns.append(name)
+            return len(turns)
+
+        return run
+
+    results = interleave({"a": case("a"), "b": case("b")}, 2)
+    assert turns == ["a", "b", "b", "a"]
+    assert results == {"a": [1, 4], "b": [2, 3]}
+    assert interleave({"a": lambda: 1}, 5, until=0.0) == {"a": [1]}
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    assert paired_ratio([1.0, 20.0, 3.0], [2.0, 10.0, 3.0]) == 1.0
+    assert percentile([3.0, 1.0, 2.0], 50) == 2.0
+    assert percentile(list(map(float, range(100))), 99) == 99.0
+    assert math.isnan(percentile([], 50))
+
+
+@pytest.mark.parametrize(
+    ("value", "is_least", "is_met"),
+    [(0.8, True, True), (0.79, True, False), (0.81, False, False), (math.nan, False, False)],
+)
+def test_a_bar_is_met_or_not(value: float, is_least: bool, is_met: bool) -> None:
+    bar = Bar("throughput", value, 0.8, is_least=is_least)
+    assert bar.is_met is is_met
+    assert json.loads(to_json([bar]))[0]["is_met"] is is_met
+
+
+@pytest.mark.parametrize(("text", "byte_count"), [("1KiB", 1024), ("8MiB", 8 << 20), ("512B", 512), ("7", 7)])
+def test_sizes_are_read(text: str, byte_count: int) -> None:
+    assert parse_size(text) == byte_count
+    assert parse_size(size_name(byte_count).replace(" ", "")) == byte_count
