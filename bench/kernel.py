@@ -3,9 +3,9 @@
     python -m bench.kernel [--quick] [--json] [--rounds N]
 
 "kernel" is one call of the kernels, for one request, into memory that is kept, as the copy beside it is made into memory
-already touched; "worker" is DeviceWorker.run, all of its Python and a fresh answer included. Every case has its turn in every round; a turn
-is a burst of calls, of which the first is left out, so that each case finds the caches as it leaves them itself.
-On a machine with CUDA, bench.kernel_cuda adds its sections. The bars are issue 3's.
+already touched; "worker" is DeviceWorker.run, all of its Python and a fresh answer included. Every case has its turn in
+every round; a turn is a burst of calls, of which the first is left out, so that each case finds the caches as it leaves
+them itself. On a machine with CUDA, bench.kernel_cuda adds its sections. The bars are issue 3's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.measuring import Bar, bars_table, interleave, machine, number, paired_ratio, progress, table, to_json
+from lossgrad_api.allocator import keep_large_blocks
 from lossgrad_server.engine.cpu_kernel import load_kernel
 from lossgrad_server.engine.cpu_layout import program_of
 from lossgrad_server.engine.cpu_memory import Arena
@@ -305,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.rounds:
         settings = Settings(options.rounds, *(getattr(settings, name) for name in Settings.__slots__[1:]))
     torch.set_num_threads(1)
+    keep_large_blocks()  # as the server does; torch gains from it too
     gc.collect()
     gc.disable()
     report = Bench(settings).run()
