@@ -26,10 +26,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.measuring import Bar, bars_table, interleave, machine, number, paired_ratio, progress, table, to_json
-from lossgrad_api.allocator import keep_large_blocks
 from lossgrad_server.engine.cpu_kernel import load_kernel
 from lossgrad_server.engine.cpu_layout import program_of
-from lossgrad_server.engine.cpu_memory import Arena
+from lossgrad_server.engine.cpu_memory import Arena, output_memory
 from lossgrad_server.engine.cpu_worker import CpuWorker, determinism
 from lossgrad_server.jobs import DataType, JobPlan, LossKind, Reduction, SpecPlan, TensorPlan
 from lossgrad_server.work import WorkItem
@@ -172,7 +171,7 @@ class Bench:
     def kernel(self, case: Case) -> Callable[[], object]:
         """Return a call that computes a case into memory that is kept."""
         program = program_of(case.item.header)
-        memory = memoryview(bytearray(program.output_bytes))
+        memory = output_memory(program.output_bytes)
         buffers = [*case.item.operands, memory]
         return lambda: self.arena.compute([program], buffers, holding_gil=False)
 
@@ -306,7 +305,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.rounds:
         settings = Settings(options.rounds, *(getattr(settings, name) for name in Settings.__slots__[1:]))
     torch.set_num_threads(1)
-    keep_large_blocks()  # as the server does; torch gains from it too
     gc.collect()
     gc.disable()
     report = Bench(settings).run()

@@ -23,6 +23,22 @@ from lossgrad_server.engine.cpu_layout import (
 )
 from lossgrad_server.engine.cpu_native import inlined, native
 from lossgrad_server.engine.cpu_sums import two_sum
+from lossgrad_server.engine.cpu_vectors import (
+    STREAM_ALIGNMENT,
+    WIDTH,
+    absolute,
+    add,
+    clamped,
+    difference_float64x8,
+    fused,
+    load_float32x8,
+    load_float64x8,
+    multiply,
+    splat,
+    store_as_float32x8,
+    store_float64x8,
+    stream_as_float32x8,
+)
 
 
 @inlined
@@ -33,73 +49,144 @@ def clamp(value: Any, limit: Any) -> Any:
 
 
 @inlined
-def _add_float32(total: Any, j: Any, arrays: Any, spec: Any, factor: Any, is_pair: Any, has_gradient: Any,
-                 has_loss: Any, is_full: Any) -> Any:  # fmt: skip
+def _add_float32(total: Any, j: Any, arrays: Any, limit: Any, factor: Any, inverse_divisor: Any, is_pair: Any,
+                 has_gradient: Any, has_loss: Any) -> Any:  # fmt: skip
     """Compute one element and return `total` plus its loss. The flags are constants once this is inlined."""
-    first, second, weights, scales, gradients, losses = arrays
+    first, second, gradients, losses = arrays
     d = float64(first[j] - second[j]) if is_pair else float64(first[j])
-    p = clamp(d, spec[0])
+    p = clamp(d, limit)
     if has_gradient:
-        gradients[j] = p * factor * scales[j] if is_full else p * factor
+        gradients[j] = p * factor
     rest = fused_multiply_add(-0.5, p, d)
-    if is_full:
-        # abs, because the loss of -0.0 would be -0.0
-        loss = abs(p * rest) * weights[j]
-        losses[j] = loss
-        return total + loss
     if has_loss:
-        losses[j] = abs(p * rest) * spec[1]
+        losses[j] = abs(p * rest) * inverse_divisor
     return fused_multiply_add(p, rest, total)
 
 
+@inlined
+def _add_float32x8(total: Any, place: Any, addresses: Any, vectors: Any, is_pair: Any, gradient_bytes: Any,
+                   has_loss: Any, streams: Any) -> Any:  # fmt: skip
+    """Do what `_add_float32` does, for the eight elements from `place` on."""
+    first, second, gradients, losses = addresses
+    limit, minus_limit, minus_half, factor, inverse_divisor = vectors
+    if is_pair:
+        d = difference_float64x8(load_float32x8(first + 4 * place), load_float32x8(second + 4 * place))
+    else:
+        d = load_float64x8(first + 8 * place)
+    p = clamped(d, limit, minus_limit)
+    if gradient_bytes == 8:
+        store_float64x8(gradients + 8 * place, multiply(p, factor))
+    elif gradient_bytes == 4:
+        if streams:
+            stream_as_float32x8(gradients + 4 * place, multiply(p, factor))
+        else:
+            store_as_float32x8(gradients + 4 * place, multiply(p, factor))
+    rest = fused(minus_half, p, d)
+    if has_loss:
+        store_as_float32x8(losses + 4 * place, multiply(absolute(multiply(p, rest)), inverse_divisor))
+    return fused(p, rest, total)
+
+
 def _float32_loop(
-    name: str, *, is_pair: bool = False, gradient: Any = None, has_loss: bool = False, is_full: bool = False
+    name: str, *, is_pair: bool = False, gradient: Any = None, has_loss: bool = False, streams: bool = False
 ) -> Any:
     """Make a loop for differences in float32, computed with and summed in float64.
 
     `is_pair`: it subtracts two float32 arrays itself, and writes losses as they are, in float32; otherwise the first
-    array holds the differences, as float64. `gradient` is the type that it writes gradients in, if it does. `is_full`:
-    there are weights, and losses are written as float64, times the weight and the spec's divisor.
+    array holds the differences, as float64. `gradient` is the type that it writes gradients in, if it does. `streams`:
+    it writes them past the caches, where they lie as that needs it.
     """
     has_gradient = gradient is not None
-    types = (np.float32 if is_pair else np.float64, gradient or np.float64, np.float32 if is_pair else np.float64)
-    source_type, gradient_type, loss_type = types
-    source_bytes, gradient_bytes, loss_bytes = (LANES * np.dtype(one).itemsize for one in types)
-    weight_bytes = LANES * 8
+    source_type = np.float32 if is_pair else np.float64
+    gradient_type = gradient or np.float64
+    gradient_bytes = np.dtype(gradient).itemsize if has_gradient else 0
 
     @native(LOOP_SIGNATURE, name)
-    def loop(count: int, first: int, second: int, weights: int, scales: int, gradients: int, losses: int, lanes: int,
+    def loop(count: int, first: int, second: int, _weights: int, _scales: int, gradients: int, losses: int, lanes: int,
              _lost: int, record: int, factor: float, _edge: float) -> int:  # fmt: skip
-        spec = (array_at(record, 1, SPEC)[0].limit, array_at(record, 1, SPEC)[0].inverse_divisor)
+        limit, inverse_divisor = array_at(record, 1, SPEC)[0].limit, array_at(record, 1, SPEC)[0].inverse_divisor
+        addresses = (first, second, gradients, losses)
+        vectors = (splat(limit), splat(-limit), splat(-0.5), splat(factor), splat(inverse_divisor))
+        lane_bytes = 8 * WIDTH
+        sum0, sum1 = load_float64x8(lanes), load_float64x8(lanes + lane_bytes)
+        sum2, sum3 = load_float64x8(lanes + 2 * lane_bytes), load_float64x8(lanes + 3 * lane_bytes)
+        whole = count // LANES * LANES
+        is_streaming = streams and gradients % STREAM_ALIGNMENT == 0
+        if is_streaming:
+            for i in range(0, whole, LANES):
+                sum0 = _add_float32x8(sum0, i, addresses, vectors, is_pair, gradient_bytes, has_loss, True)
+                sum1 = _add_float32x8(sum1, i + WIDTH, addresses, vectors, is_pair, gradient_bytes, has_loss, True)
+                sum2 = _add_float32x8(sum2, i + 2 * WIDTH, addresses, vectors, is_pair, gradient_bytes, has_loss, True)
+                sum3 = _add_float32x8(sum3, i + 3 * WIDTH, addresses, vectors, is_pair, gradient_bytes, has_loss, True)
+        else:
+            for i in range(0, whole, LANES):
+                sum0 = _add_float32x8(sum0, i, addresses, vectors, is_pair, gradient_bytes, has_loss, False)
+                sum1 = _add_float32x8(sum1, i + WIDTH, addresses, vectors, is_pair, gradient_bytes, has_loss, False)
+                sum2 = _add_float32x8(sum2, i + 2 * WIDTH, addresses, vectors, is_pair, gradient_bytes, has_loss, False)
+                sum3 = _add_float32x8(sum3, i + 3 * WIDTH, addresses, vectors, is_pair, gradient_bytes, has_loss, False)
+        store_float64x8(lanes, sum0)
+        store_float64x8(lanes + lane_bytes, sum1)
+        store_float64x8(lanes + 2 * lane_bytes, sum2)
+        store_float64x8(lanes + 3 * lane_bytes, sum3)
+        arrays = (
+            array_at(first, count, source_type),
+            array_at(second, count, source_type),
+            array_at(gradients, count, gradient_type),
+            array_at(losses, count, np.float32),
+        )
         sums = array_at(lanes, LANES, np.float64)
-        row = 0
-        while row * LANES < count:
-            # ROWS rows of LANES at once keep their sum in a register; what is left goes row by row.
-            whole = count - row * LANES >= ROWS * LANES
-            width = ROWS * LANES if whole else min(LANES, count - row * LANES)
-            arrays = (
-                array_at(first + row * source_bytes, width, source_type),
-                array_at(second + row * source_bytes, width, source_type),
-                array_at(weights + row * weight_bytes, width, np.float64),
-                array_at(scales + row * weight_bytes, width, np.float64),
-                array_at(gradients + row * gradient_bytes, width, gradient_type),
-                array_at(losses + row * loss_bytes, width, loss_type),
+        for i in range(whole, count):
+            sums[i - whole] = _add_float32(
+                sums[i - whole], i, arrays, limit, factor, inverse_divisor, is_pair, has_gradient, has_loss
             )
-            if whole:
-                for j in range(LANES):
-                    total = sums[j]
-                    for step in range(ROWS):
-                        k = j + step * LANES
-                        total = _add_float32(total, k, arrays, spec, factor, is_pair, has_gradient, has_loss, is_full)
-                    sums[j] = total
-                row += ROWS
-            else:
-                for j in range(width):
-                    sums[j] = _add_float32(sums[j], j, arrays, spec, factor, is_pair, has_gradient, has_loss, is_full)
-                row += 1
         return 0
 
     return loop
+
+
+@inlined
+def _add_full(total: Any, place: Any, addresses: Any, vectors: Any) -> Any:
+    """Do all there is for eight elements, and return `total` plus their losses, times their weights."""
+    first, weights, scales, gradients, losses = addresses
+    limit, minus_limit, minus_half, factor = vectors
+    d = load_float64x8(first + 8 * place)
+    p = clamped(d, limit, minus_limit)
+    store_float64x8(gradients + 8 * place, multiply(multiply(p, factor), load_float64x8(scales + 8 * place)))
+    # The absolute value, because the loss of -0.0 would be -0.0.
+    loss = multiply(absolute(multiply(p, fused(minus_half, p, d))), load_float64x8(weights + 8 * place))
+    store_float64x8(losses + 8 * place, loss)
+    return add(total, loss)
+
+
+@native(LOOP_SIGNATURE, "full")
+def _full_loop(count: int, first: int, _second: int, weights: int, scales: int, gradients: int, losses: int, lanes: int,
+               _lost: int, record: int, factor: float, _edge: float) -> int:  # fmt: skip
+    """Do all there is for differences in float32: weights, and losses and gradients as float64.
+
+    Losses are written times their weights and the spec's divisor. All that is read and written is scratch memory, with
+    room for a whole row: what lies behind the last element becomes 0 first.
+    """
+    limit = array_at(record, 1, SPEC)[0].limit
+    rows = (count + LANES - 1) // LANES
+    for address in (first, weights, scales):
+        rest = array_at(address + 8 * count, rows * LANES - count, np.float64)
+        for j in range(rows * LANES - count):
+            rest[j] = 0.0
+    addresses = (first, weights, scales, gradients, losses)
+    vectors = (splat(limit), splat(-limit), splat(-0.5), splat(factor))
+    lane_bytes = 8 * WIDTH
+    sum0, sum1 = load_float64x8(lanes), load_float64x8(lanes + lane_bytes)
+    sum2, sum3 = load_float64x8(lanes + 2 * lane_bytes), load_float64x8(lanes + 3 * lane_bytes)
+    for i in range(0, rows * LANES, LANES):
+        sum0 = _add_full(sum0, i, addresses, vectors)
+        sum1 = _add_full(sum1, i + WIDTH, addresses, vectors)
+        sum2 = _add_full(sum2, i + 2 * WIDTH, addresses, vectors)
+        sum3 = _add_full(sum3, i + 3 * WIDTH, addresses, vectors)
+    store_float64x8(lanes, sum0)
+    store_float64x8(lanes + lane_bytes, sum1)
+    store_float64x8(lanes + 2 * lane_bytes, sum2)
+    store_float64x8(lanes + 3 * lane_bytes, sum3)
+    return 0
 
 
 @inlined
@@ -168,10 +255,11 @@ LOOPS = (
     _float32_loop("plain"),
     _float32_loop("plain_gradient", gradient=np.float32),
     _float32_loop("plain_wide_gradient", gradient=np.float64),
-    _float32_loop("full", gradient=np.float64, is_full=True),
+    _full_loop,
     _float64_loop("float64_plain"),
     _float64_loop("float64_gradient", has_gradient=True),
     _float64_loop("float64_full", has_gradient=True, is_full=True),
+    _float32_loop("pair_streamed_gradient", is_pair=True, gradient=np.float32, streams=True),
 )
 
 

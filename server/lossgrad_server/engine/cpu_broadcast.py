@@ -27,6 +27,7 @@ from lossgrad_server.engine.cpu_layout import (
     SCRATCH_SCALE,
     SCRATCH_SPARE,
     SCRATCH_WEIGHT,
+    SHORT_ROW,
     SPEC_EDGE,
     SPEC_FACTOR,
     SUM,
@@ -139,10 +140,10 @@ def add_columns(address: int, operand: int, start: int, length: int, rows: int, 
     job = job_of(frame)
     gradients = frame.scratch + SCRATCH_GRADIENT
     sums, lost = frame.scratch + SCRATCH_RUNS, frame.scratch + SCRATCH_RUNS_LOST
-    together = BLOCK // length if length <= LANES else 1
+    together = BLOCK // length if length <= SHORT_ROW else 1
     for first in range(0, width, together):
         run_count = min(together, width - first)
-        if length > LANES:
+        if length > SHORT_ROW:
             for index in range(job.spec_count):
                 clear(lanes_of(frame, index), lost_of(frame, index), rows)
         for row in range(0, rows, BLOCK):
@@ -151,13 +152,13 @@ def add_columns(address: int, operand: int, start: int, length: int, rows: int, 
             for index in range(job.spec_count):
                 if _summed_output(spec_of(frame, index), operand) >= 0:
                     compute_gradients(address, index, count, is_finite)
-                    if length > LANES:
+                    if length > SHORT_ROW:
                         add_compensated(gradients, count, lanes_of(frame, index), lost_of(frame, index))
                     else:
                         fold_runs(gradients, run_count, length, sums, lost)
                         running, running_lost, _, _ = _running(frame, job, index)
                         add_sums(running + 8 * first, running_lost + 8 * first, sums, lost, run_count)
-        if length > LANES:
+        if length > SHORT_ROW:
             for index in range(job.spec_count):
                 total = array_at(sums, 1, np.float64)
                 array_at(lost, 1, np.float64)[0] = 0.0

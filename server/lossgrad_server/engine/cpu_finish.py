@@ -9,9 +9,9 @@ import numpy as np
 from lossgrad_server.engine.cpu_intrinsics import array_at, fused_multiply_add
 from lossgrad_server.engine.cpu_layout import (
     CHUNK,
-    LANES,
     MASK,
     SCRATCH_INPUT,
+    SHORT_ROW,
     SPEC_DIVISOR,
     SPEC_EDGE,
     SPEC_FACTOR,
@@ -51,10 +51,10 @@ def _combine(frame: Any, first: Any, count: Any) -> Any:
 
 @native("int64(int64, int64, int64)")
 def divide_rows(address: int, begin: int, end: int) -> int:
-    """Add up the weights of samples of more than LANES elements, or of none."""
+    """Add up the weights of samples of more than SHORT_ROW elements, or of none."""
     frame = frame_at(address)
     job = job_of(frame)
-    if 0 < job.row_length <= LANES:
+    if 0 < job.row_length <= SHORT_ROW:
         return 0
     chunks = (job.row_length + CHUNK - 1) // CHUNK
     of_rows = state_of(frame, job.row_divisors, job.row_count)
@@ -109,10 +109,10 @@ def _ratio(value: Any, first: Any, second: Any) -> Any:
 
 @native("int64(int64, int64, int64)")
 def finish_rows(address: int, begin: int, end: int) -> int:
-    """Add up the losses of samples of more than LANES elements, or of none, and write them."""
+    """Add up the losses of samples of more than SHORT_ROW elements, or of none, and write them."""
     frame = frame_at(address)
     job = job_of(frame)
-    if 0 < job.row_length <= LANES:
+    if 0 < job.row_length <= SHORT_ROW:
         return 0
     chunks = (job.row_length + CHUNK - 1) // CHUNK
     value = array_at(frame.scratch + SCRATCH_INPUT, 1, np.float64)

@@ -31,9 +31,11 @@ from lossgrad_server.work import SPEC_RESULT
 # Every reduction is cut into chunks of this many elements; each becomes one float64 partial sum.
 CHUNK: Final = 4096
 # Element i of a chunk is added to lane i % LANES; at the chunk's end the lanes are folded in half until one is left.
-LANES: Final = 64
-# How many rows of LANES elements a loop takes at once.
+LANES: Final = 32
+# How many rows of LANES elements a float64 loop takes at once.
 ROWS: Final = 4
+# Samples of at most this many elements are computed several at a time.
+SHORT_ROW: Final = 64
 # The elements that are brought at a time, so that what is between the steps stays in the nearest cache.
 BLOCK: Final = 512
 
@@ -52,6 +54,7 @@ class Loop(IntEnum):
     FLOAT64_PLAIN = 8
     FLOAT64_GRADIENT = 9
     FLOAT64_FULL = 10
+    PAIR_STREAMED_GRADIENT = 11
 
 
 class Walk(IntEnum):
@@ -81,6 +84,7 @@ JOB: Final = np.dtype(
         ("is_float64", _word),  # what is computed in: float64, or float32 for everything else
         ("is_weighted", _word),  # whether blocks need weights
         ("is_pair", _word),  # whether its loop is one for a pair
+        ("streams", _word),  # whether that loop writes past the caches
         ("pair_type", _word),  # the type of both input and target where they are of one type and shape, otherwise 0
         ("spec_count", _word),
         ("operand_count", _word),
@@ -176,6 +180,10 @@ FRAME: Final = np.dtype(
     [(name, _word) for name in ("program", "operands", "outputs", "results", "state", "scratch", "loops")]
 )
 
+# Gradients of this size are written past the caches: they do not stay there in any case, and a cache would first read
+# what is to be overwritten. Measured: 10 million float32 elements take 0.33 ns each, and 0.45 through the caches.
+STREAMED_BYTES: Final = 1 << 24
+
 # Outputs start on cache lines.
 OUTPUT_ALIGNMENT: Final = 64
 
@@ -252,6 +260,7 @@ def program_of(header: bytes) -> Program:
     job = _job(plan)
     specs = _specs(plan)
     job["is_weighted"] = specs["is_full"].any()
+    job["streams"] = (specs["loop"] == Loop.PAIR_STREAMED_GRADIENT).any()
     tables = specs.tobytes() + outputs.tobytes()
     if any(_is_broadcast(plan, operand) for operand in plan.operands):
         job["layout_offset"] = JOB.itemsize + len(tables)
@@ -308,7 +317,7 @@ def _set_units(job: Any, plan: JobPlan, sums: dict[int, Any]) -> None:
     flat = -(-plan.element_count // CHUNK)
     rows = 0
     row_count, row_length = int(job["row_count"]), int(job["row_length"])
-    if 0 < row_length <= LANES:  # several to a unit
+    if 0 < row_length <= SHORT_ROW:  # several to a unit
         rows = -(-row_count // (CHUNK // row_length))
     elif row_length:
         rows = row_count * -(-row_length // CHUNK)
@@ -364,7 +373,7 @@ def _specs(plan: JobPlan) -> Any:
             record["input_gradient_output"] = -1
         record["is_per_sample"] = spec.reduction.is_per_sample
         record["divides_rows"] = _divides_rows(plan, spec)
-        is_short = spec.reduction.is_per_sample and math.prod(plan.result_shape[1:]) <= LANES
+        is_short = spec.reduction.is_per_sample and math.prod(plan.result_shape[1:]) <= SHORT_ROW
         is_full = (
             is_short
             or plan.weight is not None
@@ -383,6 +392,7 @@ def _specs(plan: JobPlan) -> Any:
             has_loss=has_loss,
             has_gradient=is_direct or in_scratch,
             is_direct=is_direct,
+            is_beyond_caches=plan.output_byte_count >= STREAMED_BYTES,
         )
         if is_float64:
             record["sum_loop"] = Loop.FLOAT64_FULL if is_full else Loop.FLOAT64_GRADIENT
@@ -392,12 +402,21 @@ def _specs(plan: JobPlan) -> Any:
 
 
 def _loop(
-    *, is_float64: bool, is_pair: bool, is_full: bool, has_loss: bool, has_gradient: bool, is_direct: bool
+    *,
+    is_float64: bool,
+    is_pair: bool,
+    is_full: bool,
+    has_loss: bool,
+    has_gradient: bool,
+    is_direct: bool,
+    is_beyond_caches: bool,
 ) -> Loop:
     if is_pair:
         if has_loss:
             return Loop.PAIR_LOSS_GRADIENT if has_gradient else Loop.PAIR_LOSS
-        return Loop.PAIR_GRADIENT if has_gradient else Loop.PAIR
+        if has_gradient:
+            return Loop.PAIR_STREAMED_GRADIENT if is_beyond_caches else Loop.PAIR_GRADIENT
+        return Loop.PAIR
     if is_float64:
         if is_full:
             return Loop.FLOAT64_FULL
@@ -418,7 +437,7 @@ def _is_pair(plan: JobPlan) -> bool:
         and plan.input.data_type == DataType.FLOAT32
         and plan.weight is None
         and plan.mask is None
-        and not (spec.reduction.is_per_sample and math.prod(plan.result_shape[1:]) <= LANES)
+        and not (spec.reduction.is_per_sample and math.prod(plan.result_shape[1:]) <= SHORT_ROW)
     )
 
 

@@ -16,6 +16,8 @@ _CACHE_LINE: Final = 64
 _ALL_WALKS: Final = -1
 # Below this, memory that is filled with zeros costs less than numpy's.
 _BYTEARRAY_BYTES: Final = 1 << 13
+# Above this, finding out where memory lies costs nothing beside what is done with it.
+_ALIGNED_BYTES: Final = 1 << 16
 
 
 class OperandMismatch(ValueError):
@@ -43,8 +45,12 @@ class Memory:
 
 
 def output_memory(byte_count: int) -> memoryview:
-    """Return fresh memory for answers, which leaves with them."""
-    return memoryview(bytearray(byte_count) if byte_count <= _BYTEARRAY_BYTES else np.empty(byte_count, np.uint8))
+    """Return fresh memory for answers, which leaves with them. Large ones start on a cache line."""
+    if byte_count <= _BYTEARRAY_BYTES:
+        return memoryview(bytearray(byte_count))
+    memory = np.empty(byte_count + _CACHE_LINE, np.uint8)
+    first = -memory.ctypes.data % _CACHE_LINE if byte_count > _ALIGNED_BYTES else 0
+    return memoryview(memory)[first : first + byte_count]
 
 
 class Arena:

@@ -17,7 +17,6 @@ from lossgrad_server.engine.cpu_intrinsics import array_at
 from lossgrad_server.engine.cpu_layout import (
     BLOCK,
     CHUNK,
-    LANES,
     MASK,
     SCRATCH_DIFFERENCE,
     SCRATCH_GRADIENT,
@@ -27,6 +26,7 @@ from lossgrad_server.engine.cpu_layout import (
     SCRATCH_SCALE,
     SCRATCH_SPECIAL,
     SCRATCH_WEIGHT,
+    SHORT_ROW,
     SPEC_DIVISOR,
     SPEC_EDGE,
     SPEC_FACTOR,
@@ -55,6 +55,7 @@ from lossgrad_server.engine.cpu_tables import (
     spec_state,
     state_of,
 )
+from lossgrad_server.engine.cpu_vectors import fence
 from lossgrad_server.jobs import Reduction
 
 _NONE = int(Reduction.NONE)
@@ -72,7 +73,7 @@ def unit_span(job: Any, is_rows: Any, unit: Any) -> Any:
 
 @native("int64(int64, int64, int64)")
 def weigh_short_rows(address: int, begin: int, end: int) -> int:
-    """Sum the weights of samples of at most LANES elements."""
+    """Sum the weights of samples of at most SHORT_ROW elements."""
     frame = frame_at(address)
     job = job_of(frame)
     length = job.row_length
@@ -99,7 +100,7 @@ def weigh(address: int, is_rows: int, begin: int, end: int) -> int:
     """Sum the weights of units, and count what is not masked."""
     frame = frame_at(address)
     job = job_of(frame)
-    if is_rows and job.row_length <= LANES:
+    if is_rows and job.row_length <= SHORT_ROW:
         weigh_short_rows(address, begin, end)
         return 0
     weights = frame.scratch + SCRATCH_WEIGHT
@@ -267,7 +268,7 @@ def finish_short_rows(address: int, index: int, first_row: int, row_count: int) 
 
 @native("int64(int64, int64)")
 def walk_short_rows(address: int, unit: int) -> int:
-    """Compute samples of at most LANES elements, several to a block. Their loops are `full` ones."""
+    """Compute samples of at most SHORT_ROW elements, several to a block. Their loops are `full` ones."""
     frame = frame_at(address)
     job = job_of(frame)
     nonfinite_counts = job.row_planes + 2 * job.row_units + unit
@@ -301,7 +302,7 @@ def walk(address: int, is_rows: int, begin: int, end: int) -> int:
     """Compute units of the specs that reduce over all elements, or of those that reduce over each sample."""
     frame = frame_at(address)
     job = job_of(frame)
-    if is_rows and job.row_length <= LANES:
+    if is_rows and job.row_length <= SHORT_ROW:
         for unit in range(begin, end):
             walk_short_rows(address, unit)
         return 0
@@ -333,4 +334,6 @@ def walk(address: int, is_rows: int, begin: int, end: int) -> int:
                 state_of(frame, place + units, 1)[0] = 0.0
                 if not (is_finite and np.isfinite(partial) and np.isfinite(spec_state(frame, index)[SPEC_FACTOR])):
                     recompute_chunk(address, is_rows, index, start, length, place, place + units)
+    if job.streams:
+        fence()
     return 0

@@ -133,7 +133,7 @@ def fold_rows(sums: int, lost: int, rows: int, width: int) -> int:
 
 @native("int64(int64, int64, int64, int64, int64)")
 def fold_runs(values: int, run_count: int, length: int, sums: int, lost: int) -> int:
-    """Sum runs of `length` values, at most LANES, that lie one behind the other: each as `fold_compensated` would.
+    """Sum runs of `length` values that lie one behind the other, each by adding its upper half to its lower.
 
     Leaves `run_count` sums and what they lost at `sums` and `lost`, where there is room for all the values.
     """
