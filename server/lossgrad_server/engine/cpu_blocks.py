@@ -16,7 +16,6 @@ from numba import float64
 from lossgrad_server.engine.cpu_intrinsics import LOOP_SIGNATURE, array_at, call_loop, fused_multiply_add
 from lossgrad_server.engine.cpu_layout import (
     LANES,
-    ROWS,
     SCRATCH_WEIGHT,
     SPEC,
     Loop,
@@ -31,6 +30,7 @@ from lossgrad_server.engine.cpu_vectors import (
     clamped,
     difference_float64x8,
     fused,
+    inside_or_edge,
     load_float32x8,
     load_float64x8,
     multiply,
@@ -38,7 +38,11 @@ from lossgrad_server.engine.cpu_vectors import (
     store_as_float32x8,
     store_float64x8,
     stream_as_float32x8,
+    stream_float64x8,
+    subtract,
 )
+
+_VECTOR = 8 * WIDTH  # bytes
 
 
 @inlined
@@ -64,9 +68,9 @@ def _add_float32(total: Any, j: Any, arrays: Any, limit: Any, factor: Any, inver
 
 
 @inlined
-def _add_float32x8(total: Any, place: Any, addresses: Any, vectors: Any, is_pair: Any, gradient_bytes: Any,
-                   has_loss: Any, streams: Any) -> Any:  # fmt: skip
+def _add_float32x8(total: Any, place: Any, addresses: Any, vectors: Any, flags: Any) -> Any:
     """Do what `_add_float32` does, for the eight elements from `place` on."""
+    is_pair, gradient_bytes, has_loss, streams = flags
     first, second, gradients, losses = addresses
     limit, minus_limit, minus_half, factor, inverse_divisor = vectors
     if is_pair:
@@ -107,27 +111,20 @@ def _float32_loop(
         limit, inverse_divisor = array_at(record, 1, SPEC)[0].limit, array_at(record, 1, SPEC)[0].inverse_divisor
         addresses = (first, second, gradients, losses)
         vectors = (splat(limit), splat(-limit), splat(-0.5), splat(factor), splat(inverse_divisor))
-        lane_bytes = 8 * WIDTH
-        sum0, sum1 = load_float64x8(lanes), load_float64x8(lanes + lane_bytes)
-        sum2, sum3 = load_float64x8(lanes + 2 * lane_bytes), load_float64x8(lanes + 3 * lane_bytes)
+        sum0, sum1 = load_float64x8(lanes), load_float64x8(lanes + _VECTOR)
+        sum2, sum3 = load_float64x8(lanes + 2 * _VECTOR), load_float64x8(lanes + 3 * _VECTOR)
         whole = count // LANES * LANES
         is_streaming = streams and gradients % STREAM_ALIGNMENT == 0
-        if is_streaming:
-            for i in range(0, whole, LANES):
-                sum0 = _add_float32x8(sum0, i, addresses, vectors, is_pair, gradient_bytes, has_loss, True)
-                sum1 = _add_float32x8(sum1, i + WIDTH, addresses, vectors, is_pair, gradient_bytes, has_loss, True)
-                sum2 = _add_float32x8(sum2, i + 2 * WIDTH, addresses, vectors, is_pair, gradient_bytes, has_loss, True)
-                sum3 = _add_float32x8(sum3, i + 3 * WIDTH, addresses, vectors, is_pair, gradient_bytes, has_loss, True)
-        else:
-            for i in range(0, whole, LANES):
-                sum0 = _add_float32x8(sum0, i, addresses, vectors, is_pair, gradient_bytes, has_loss, False)
-                sum1 = _add_float32x8(sum1, i + WIDTH, addresses, vectors, is_pair, gradient_bytes, has_loss, False)
-                sum2 = _add_float32x8(sum2, i + 2 * WIDTH, addresses, vectors, is_pair, gradient_bytes, has_loss, False)
-                sum3 = _add_float32x8(sum3, i + 3 * WIDTH, addresses, vectors, is_pair, gradient_bytes, has_loss, False)
+        flags = (is_pair, gradient_bytes, has_loss, is_streaming)
+        for i in range(0, whole, LANES):
+            sum0 = _add_float32x8(sum0, i, addresses, vectors, flags)
+            sum1 = _add_float32x8(sum1, i + WIDTH, addresses, vectors, flags)
+            sum2 = _add_float32x8(sum2, i + 2 * WIDTH, addresses, vectors, flags)
+            sum3 = _add_float32x8(sum3, i + 3 * WIDTH, addresses, vectors, flags)
         store_float64x8(lanes, sum0)
-        store_float64x8(lanes + lane_bytes, sum1)
-        store_float64x8(lanes + 2 * lane_bytes, sum2)
-        store_float64x8(lanes + 3 * lane_bytes, sum3)
+        store_float64x8(lanes + _VECTOR, sum1)
+        store_float64x8(lanes + 2 * _VECTOR, sum2)
+        store_float64x8(lanes + 3 * _VECTOR, sum3)
         arrays = (
             array_at(first, count, source_type),
             array_at(second, count, source_type),
@@ -174,18 +171,17 @@ def _full_loop(count: int, first: int, _second: int, weights: int, scales: int, 
             rest[j] = 0.0
     addresses = (first, weights, scales, gradients, losses)
     vectors = (splat(limit), splat(-limit), splat(-0.5), splat(factor))
-    lane_bytes = 8 * WIDTH
-    sum0, sum1 = load_float64x8(lanes), load_float64x8(lanes + lane_bytes)
-    sum2, sum3 = load_float64x8(lanes + 2 * lane_bytes), load_float64x8(lanes + 3 * lane_bytes)
+    sum0, sum1 = load_float64x8(lanes), load_float64x8(lanes + _VECTOR)
+    sum2, sum3 = load_float64x8(lanes + 2 * _VECTOR), load_float64x8(lanes + 3 * _VECTOR)
     for i in range(0, rows * LANES, LANES):
         sum0 = _add_full(sum0, i, addresses, vectors)
         sum1 = _add_full(sum1, i + WIDTH, addresses, vectors)
         sum2 = _add_full(sum2, i + 2 * WIDTH, addresses, vectors)
         sum3 = _add_full(sum3, i + 3 * WIDTH, addresses, vectors)
     store_float64x8(lanes, sum0)
-    store_float64x8(lanes + lane_bytes, sum1)
-    store_float64x8(lanes + 2 * lane_bytes, sum2)
-    store_float64x8(lanes + 3 * lane_bytes, sum3)
+    store_float64x8(lanes + _VECTOR, sum1)
+    store_float64x8(lanes + 2 * _VECTOR, sum2)
+    store_float64x8(lanes + 3 * _VECTOR, sum3)
     return 0
 
 
@@ -208,7 +204,34 @@ def _add_float64(total: Any, lost: Any, j: Any, arrays: Any, spec: Any, has_grad
     return total, lost + error
 
 
-def _float64_loop(name: str, *, has_gradient: bool = False, is_full: bool = False) -> Any:
+@inlined
+def _add_float64x8(total: Any, lost: Any, place: Any, addresses: Any, vectors: Any, flags: Any) -> Any:
+    """Do what `_add_float64` does, for the eight elements from `place` on."""
+    has_gradient, is_full, streams = flags
+    first, weights, scales, gradients, losses = addresses
+    limit, minus_limit, scale, second_scale, minus_half, factor, edge, minus_edge = vectors
+    d = load_float64x8(first + 8 * place)
+    p = clamped(multiply(multiply(d, scale), second_scale), limit, minus_limit)
+    if has_gradient:
+        value = inside_or_edge(p, limit, multiply(p, factor), edge, minus_edge)
+        if is_full:
+            value = multiply(value, load_float64x8(scales + 8 * place))
+        if streams:
+            stream_float64x8(gradients + 8 * place, value)
+        else:
+            store_float64x8(gradients + 8 * place, value)
+    loss = absolute(multiply(p, fused(minus_half, p, d)))
+    if is_full:
+        loss = multiply(loss, load_float64x8(weights + 8 * place))
+        store_float64x8(losses + 8 * place, loss)
+    # two_sum
+    result = add(total, loss)
+    part = subtract(result, total)
+    error = add(subtract(total, subtract(result, part)), subtract(loss, part))
+    return result, add(lost, error)
+
+
+def _float64_loop(name: str, *, has_gradient: bool = False, is_full: bool = False, streams: bool = False) -> Any:
     """Make a loop for differences in float64. Its sums are compensated: each lane is a float64 and what it lost."""
 
     @native(LOOP_SIGNATURE, name)
@@ -216,29 +239,44 @@ def _float64_loop(name: str, *, has_gradient: bool = False, is_full: bool = Fals
              lost: int, record: int, factor: float, edge: float) -> int:  # fmt: skip
         own = array_at(record, 1, SPEC)[0]
         spec = (own.limit, own.scale, own.second_scale, own.half, factor, edge)
-        high = array_at(lanes, LANES, np.float64)
-        low = array_at(lost, LANES, np.float64)
-        row = 0
-        while row < count:
-            whole = count - row >= ROWS * LANES
-            width = ROWS * LANES if whole else min(LANES, count - row)
-            arrays = (
-                array_at(first + 8 * row, width, np.float64),
-                array_at(weights + 8 * row, width, np.float64),
-                array_at(scales + 8 * row, width, np.float64),
-                array_at(gradients + 8 * row, width, np.float64),
-                array_at(losses + 8 * row, width, np.float64),
+        vectors = (
+            splat(own.limit), splat(-own.limit), splat(own.scale), splat(own.second_scale), splat(-own.half),
+            splat(factor), splat(edge), splat(-edge),
+        )  # fmt: skip
+        addresses = (first, weights, scales, gradients, losses)
+        whole = count // LANES * LANES
+        is_streaming = streams and gradients % STREAM_ALIGNMENT == 0
+        high0, high1 = load_float64x8(lanes), load_float64x8(lanes + _VECTOR)
+        high2, high3 = load_float64x8(lanes + 2 * _VECTOR), load_float64x8(lanes + 3 * _VECTOR)
+        low0, low1 = load_float64x8(lost), load_float64x8(lost + _VECTOR)
+        low2, low3 = load_float64x8(lost + 2 * _VECTOR), load_float64x8(lost + 3 * _VECTOR)
+        flags = (has_gradient, is_full, is_streaming)
+        for i in range(0, whole, LANES):
+            high0, low0 = _add_float64x8(high0, low0, i, addresses, vectors, flags)
+            high1, low1 = _add_float64x8(high1, low1, i + WIDTH, addresses, vectors, flags)
+            high2, low2 = _add_float64x8(high2, low2, i + 2 * WIDTH, addresses, vectors, flags)
+            high3, low3 = _add_float64x8(high3, low3, i + 3 * WIDTH, addresses, vectors, flags)
+        store_float64x8(lanes, high0)
+        store_float64x8(lanes + _VECTOR, high1)
+        store_float64x8(lanes + 2 * _VECTOR, high2)
+        store_float64x8(lanes + 3 * _VECTOR, high3)
+        store_float64x8(lost, low0)
+        store_float64x8(lost + _VECTOR, low1)
+        store_float64x8(lost + 2 * _VECTOR, low2)
+        store_float64x8(lost + 3 * _VECTOR, low3)
+        arrays = (
+            array_at(first, count, np.float64),
+            array_at(weights, count, np.float64),
+            array_at(scales, count, np.float64),
+            array_at(gradients, count, np.float64),
+            array_at(losses, count, np.float64),
+        )
+        totals = array_at(lanes, LANES, np.float64)
+        errors = array_at(lost, LANES, np.float64)
+        for i in range(whole, count):
+            totals[i - whole], errors[i - whole] = _add_float64(
+                totals[i - whole], errors[i - whole], i, arrays, spec, has_gradient, is_full
             )
-            for j in range(min(LANES, width)):
-                total, error = high[j], low[j]
-                if whole:
-                    for step in range(ROWS):
-                        total, error = _add_float64(total, error, j + step * LANES, arrays, spec, has_gradient, is_full)
-                else:
-                    total, error = _add_float64(total, error, j, arrays, spec, has_gradient, is_full)
-                high[j] = total
-                low[j] = error
-            row += width
         return 0
 
     return loop
@@ -260,6 +298,8 @@ LOOPS = (
     _float64_loop("float64_gradient", has_gradient=True),
     _float64_loop("float64_full", has_gradient=True, is_full=True),
     _float32_loop("pair_streamed_gradient", is_pair=True, gradient=np.float32, streams=True),
+    _float32_loop("plain_streamed_gradient", gradient=np.float32, streams=True),
+    _float64_loop("float64_streamed_gradient", has_gradient=True, streams=True),
 )
 
 

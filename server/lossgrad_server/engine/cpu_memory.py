@@ -9,7 +9,8 @@ from typing import Final
 import numpy as np
 
 from lossgrad_server.engine.cpu_kernel import Call, Kernel
-from lossgrad_server.engine.cpu_layout import SCRATCH_BYTES, Program, Walk
+from lossgrad_server.engine.cpu_layout import SCRATCH_BYTES, Walk
+from lossgrad_server.engine.cpu_program import Program
 from lossgrad_server.work import Buffer
 
 _CACHE_LINE: Final = 64

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter_ns
 from typing import Final
 
-from lossgrad_server.engine.cpu_layout import CHUNK, Program, Walk
+from lossgrad_server.engine.cpu_layout import CHUNK, Walk
 from lossgrad_server.engine.cpu_memory import Arena, output_memory
+from lossgrad_server.engine.cpu_program import Program
 from lossgrad_server.work import BatchResult, Buffer, WorkFailure, WorkResult
 
 # Walks whose units are samples of which only the sums are touched.

@@ -57,6 +57,11 @@ def _store(builder: Any, address: Any, value: Any, align: int) -> Any:
     return builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
 
 
+def _stream(builder: Any, address: Any, value: Any) -> None:
+    store = _store(builder, address, value, align=STREAM_ALIGNMENT)
+    store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+
+
 def _nothing() -> Any:
     return ir.Constant(ir.IntType(8).as_pointer(), None)
 
@@ -97,13 +102,23 @@ def store_as_float32x8(_typing: Any, _address: Any, _value: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def stream_float64x8(_typing: Any, _address: Any, _value: Any) -> Any:
+    """Write a vector past the caches, to a multiple of STREAM_ALIGNMENT. `fence` must follow."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        _stream(builder, *arguments)
+        return _nothing()
+
+    return types.void(types.int64, _float64x8), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def stream_as_float32x8(_typing: Any, _address: Any, _value: Any) -> Any:
     """Round a vector to float32 and write it past the caches, to a multiple of STREAM_ALIGNMENT. `fence` must follow."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         address, value = arguments
-        store = _store(builder, address, builder.fptrunc(value, _FLOAT32X8), align=STREAM_ALIGNMENT)
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        _stream(builder, address, builder.fptrunc(value, _FLOAT32X8))
         return _nothing()
 
     return types.void(types.int64, _float64x8), generate
@@ -149,6 +164,12 @@ def add(_typing: Any, _a: Any, _b: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def subtract(_typing: Any, _a: Any, _b: Any) -> Any:
+    """Subtract two float64x8."""
+    return _float64x8(_float64x8, _float64x8), lambda _context, builder, _signature, a: builder.fsub(*a)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def multiply(_typing: Any, _a: Any, _b: Any) -> Any:
     """Multiply two float64x8."""
     return _float64x8(_float64x8, _float64x8), lambda _context, builder, _signature, a: builder.fmul(*a)
@@ -188,3 +209,18 @@ def absolute(_typing: Any, _value: Any) -> Any:
         return builder.call(function, arguments)
 
     return _float64x8(_float64x8), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def inside_or_edge(_typing: Any, _p: Any, _limit: Any, _inside: Any, _edge: Any, _minus_edge: Any) -> Any:
+    """Return `inside` where |p| is below `limit`, elsewhere `edge` where p is above 0 and `minus_edge` where it is not."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        p, limit, inside, edge, minus_edge = arguments
+        zero = ir.Constant(_FLOAT64X8, [0.0] * WIDTH)
+        outside = builder.select(builder.fcmp_ordered(">", p, zero), edge, minus_edge)
+        signature = ir.FunctionType(_FLOAT64X8, [_FLOAT64X8])
+        magnitude = cgutils.get_or_insert_function(builder.module, signature, f"llvm.fabs.v{WIDTH}f64")
+        return builder.select(builder.fcmp_ordered("<", builder.call(magnitude, [p]), limit), inside, outside)
+
+    return _float64x8(*[_float64x8] * 5), generate

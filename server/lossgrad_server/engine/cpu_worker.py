@@ -16,9 +16,10 @@ from time import perf_counter_ns
 from typing import Final
 
 from lossgrad_server.engine.cpu_kernel import load_kernel
-from lossgrad_server.engine.cpu_layout import CHUNK, LANES, Program, program_of
+from lossgrad_server.engine.cpu_layout import CHUNK, LANES
 from lossgrad_server.engine.cpu_memory import Arena, OperandMismatch, output_memory
 from lossgrad_server.engine.cpu_pieces import PendingPieces, Pieces
+from lossgrad_server.engine.cpu_program import Program, program_of
 from lossgrad_server.errors import InternalError
 from lossgrad_server.jobs import JobPlan, unpack_header
 from lossgrad_server.work import BatchResult, Buffer, Done, FailureKind, Pending, WorkFailure, WorkItem, WorkResult

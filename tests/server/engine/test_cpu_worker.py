@@ -16,8 +16,9 @@ from numba.core import config
 
 from lossgrad_server.engine import cpu_native, cpu_worker
 from lossgrad_server.engine.cpu_kernel import load_kernel
-from lossgrad_server.engine.cpu_layout import JOB, STREAMED_BYTES, program_of
+from lossgrad_server.engine.cpu_layout import JOB, STREAMED_BYTES
 from lossgrad_server.engine.cpu_memory import Arena
+from lossgrad_server.engine.cpu_program import program_of
 from lossgrad_server.engine.cpu_worker import CpuWorker, determinism
 from lossgrad_server.jobs import DataType, JobPlan, LossKind, Reduction, TensorPlan
 from lossgrad_server.work import FailureKind, WorkFailure, WorkItem, WorkResult
@@ -165,28 +166,34 @@ class CpuWorkerOfOneThread:
         return cls._worker
 
 
-def test_a_gradient_written_past_the_caches_is_the_same() -> None:
-    count = (STREAMED_BYTES >> 2) + 4101
+@pytest.mark.parametrize(
+    ("data_type", "spec_count"), [(DataType.FLOAT32, 1), (DataType.FLOAT32, 2), (DataType.FLOAT64, 1)]
+)
+def test_a_gradient_written_past_the_caches_is_the_same(data_type: DataType, spec_count: int) -> None:
+    count = STREAMED_BYTES // data_type.itemsize + 4101
+    dtype = np.float32 if data_type == DataType.FLOAT32 else np.float64
     random = np.random.default_rng(8)
-    x, y = random.normal(size=(2, count)).astype(np.float32)
+    x, y = random.normal(size=(2, count)).astype(dtype)
     x[[5, count - 1]] = np.nan
-    one = job(spec(), [0.0], [0.0])
-    plan = JobPlan(one.plan.specs, TensorPlan(DataType.FLOAT32, (count,)), TensorPlan(DataType.FLOAT32, (count,)))
+    one = job([spec()] * spec_count, [0.0], [0.0])
+    plan = JobPlan(one.plan.specs, TensorPlan(data_type, (count,)), TensorPlan(data_type, (count,)))
     program, arena = program_of(plan.header), Arena(load_kernel(), 1)
     assert np.frombuffer(program.code, JOB, 1)["streams"][0]
     answers: list[tuple[bytes, bytes]] = []
     # Streaming needs memory that lies on a multiple of 32; elsewhere the same loop writes through the caches.
-    for offset in (0, 4, 32, 33):
+    for offset in (0, 8, 32, 33):
         memory = np.full(program.output_bytes + 128, 0xA5, np.uint8)
         first = -memory.ctypes.data % 64 + offset
         outputs = memoryview(memory)[first : first + program.output_bytes]  # type: ignore[arg-type]
         scalars = arena.compute([program], [x.tobytes(), y.tobytes(), outputs], holding_gil=False)
-        answers.append((scalars, outputs[: 4 * count].tobytes()))
-        assert set(memory[:first]) | set(memory[first + 4 * count :]) == {0xA5}
+        begin, end = program.output_spans[-1]
+        answers.append((scalars, outputs[begin:end].tobytes()))
+        assert set(memory[:first]) | set(memory[first + end :]) == {0xA5}
     assert answers[1:] == answers[:1] * 3
-    gradient = np.frombuffer(answers[0][1], np.float32)
-    expected = np.clip((x - y).astype(np.float64), -1.0, 1.0) / count
-    np.testing.assert_array_equal(gradient, expected.astype(np.float32))
+    gradient = np.frombuffer(answers[0][1], dtype)
+    expected = (np.clip((x - y).astype(np.float64), -1.0, 1.0) / count).astype(dtype)
+    assert np.array_equal(np.isnan(gradient), np.isnan(x - y))
+    assert float(np.nanmax(np.abs(gradient - expected))) <= 2.0**-52 / count
 
 
 def test_what_is_wrong_with_an_item_is_raised_when_it_begins(worker: CpuWorker) -> None:
