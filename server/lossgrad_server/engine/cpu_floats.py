@@ -10,9 +10,15 @@ from __future__ import annotations
 from typing import Any, Final
 
 import numpy as np
-from numba import float32, float64, uint16, uint32
+from numba import float32, int32, uint16, uint32, uint64
 
-from lossgrad_server.engine.cpu_intrinsics import array_at, bits_of_float32, float32_of_bits
+from lossgrad_server.engine.cpu_intrinsics import (
+    array_at,
+    bits_of_float32,
+    bits_of_float64,
+    float32_of_bits,
+    float64_of_bits,
+)
 from lossgrad_server.engine.cpu_native import inlined, native
 from lossgrad_server.jobs import DataType
 
@@ -20,6 +26,9 @@ FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = (int(data_type) for data_type in list(Data
 INT64, INT32, INT16, INT8, UINT8, BOOL = (int(data_type) for data_type in list(DataType)[4:])
 
 _TWO_TO_112: Final = np.float32(2.0**112)
+# The bits of 2^42 * 2^-14 and of 2^45 * 2^-126, for `_rounded`.
+_FLOAT16_SMALLEST: Final = np.uint64((1023 + 42 - 14) << 52)
+_BFLOAT16_SMALLEST: Final = np.uint64((1023 + 45 - 126) << 52)
 
 
 @inlined
@@ -40,48 +49,43 @@ def bfloat16_value(bits: Any) -> Any:
 
 
 @inlined
-def _bits_rounded_to_odd(value: Any) -> Any:
-    """Return the bits of a float64 as float32 such that rounding those to a half type is as rounding once.
+def _rounded(magnitude: Any, lost_bits: Any, smallest: Any) -> Any:
+    """Return a float64 of at least 0 rounded to nearest even, without its last `lost_bits` bits.
 
-    Rounded toward 0, then the last bit set where anything was lost: such a float32 lies on a tie of a half type only if
-    the value does. Source: Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008, theorem 1.
+    `smallest` is the bits of the float64 2^lost_bits times the smallest normal number of the type to be rounded to: below
+    that, as many bits are lost as its subnormal numbers lack.
     """
-    narrow = float32(value)
-    back = float64(narrow)
-    bits = bits_of_float32(narrow)
-    # An infinity that stands for a finite value steps back to the largest float32, which is odd.
-    bits = uint32(bits - uint32(abs(back) > abs(value)))
-    return uint32(bits | uint32(back != value))
+    # Adding 2^lost_bits times the number's power of two pushes the bits out, and rounds them as IEEE 754 rounds.
+    power = uint64((bits_of_float64(magnitude) & uint64(0x7FF0000000000000)) + (uint64(lost_bits) << uint64(52)))
+    pusher = float64_of_bits(max(power, smallest))
+    return (magnitude + pusher) - pusher
 
 
 @inlined
 def bfloat16_bits(value: Any) -> Any:
     """Return the bfloat16 nearest to a float64."""
-    bits = _bits_rounded_to_odd(value)
-    rounded = uint32((bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16))
-    return uint16(uint32(0x7FC0) if value != value else rounded)  # noqa: PLR0124
+    magnitude = min(abs(value), 2.0**128)  # infinity, once rounded
+    # The result is exact, so what remains is to leave out zeros.
+    narrow = bits_of_float32(float32(_rounded(magnitude, 45, _BFLOAT16_SMALLEST)))
+    bits = uint32((narrow >> uint32(16)) | _sign_bit(value))
+    return uint16(uint32(0x7FC0) if value != value else bits)  # noqa: PLR0124
 
 
 @inlined
 def float16_bits(value: Any) -> Any:
     """Return the float16 nearest to a float64."""
-    bits = _bits_rounded_to_odd(value)
-    sign = uint32((bits >> uint32(16)) & uint32(0x8000))
-    magnitude = uint32(bits & uint32(0x7FFFFFFF))
-    # Normal: move the exponent by 127 - 15, then round off 13 bits; the carry may go up to infinity, as it should.
-    normal = uint32(
-        (magnitude - uint32(112 << 23) + uint32(0xFFF) + ((magnitude >> uint32(13)) & uint32(1))) >> uint32(13)
-    )
-    # Subnormal: adding 1/2 leaves the float16's bits, rounded, at the end of the sum.
-    subnormal = uint32(bits_of_float32(float32_of_bits(magnitude) + np.float32(0.5)) - uint32(0x3F000000))
-    result = normal
-    if magnitude < uint32(113 << 23):  # 2^-14
-        result = subnormal
-    if magnitude >= uint32(143 << 23):  # 2^16
-        result = uint32(0x7C00)
-    if value != value:  # noqa: PLR0124
-        return uint16(0x7E00)
-    return uint16(result | sign)
+    magnitude = min(abs(value), 65536.0)  # infinity, once rounded
+    narrow = float32(_rounded(magnitude, 42, _FLOAT16_SMALLEST))
+    normal = uint32((bits_of_float32(narrow) >> uint32(13)) - uint32(112 << 10))
+    subnormal = uint32(int32(narrow * np.float32(2.0**24)))
+    bits = uint32((normal if narrow >= np.float32(2.0**-14) else subnormal) | _sign_bit(value))
+    return uint16(uint32(0x7E00) if value != value else bits)  # noqa: PLR0124
+
+
+@inlined
+def _sign_bit(value: Any) -> Any:
+    """Return a float64's sign where a half type has it."""
+    return uint32((bits_of_float64(value) >> uint64(48)) & uint64(0x8000))
 
 
 @inlined

@@ -59,6 +59,8 @@ def _reinterpretation(source: Any, target: Any) -> Any:
 
 bits_of_float32 = _reinterpretation(types.float32, types.uint32)
 float32_of_bits = _reinterpretation(types.uint32, types.float32)
+bits_of_float64 = _reinterpretation(types.float64, types.uint64)
+float64_of_bits = _reinterpretation(types.uint64, types.float64)
 
 
 # What the loops of cpu_blocks.py take: ten numbers and addresses, two factors.

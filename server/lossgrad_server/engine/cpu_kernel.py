@@ -56,14 +56,20 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in (*(FRAME.names or ()), "walk", "job_count", "begin", "end")),
+        # For `gather`: room for an address of each operand, and whether to compute at once.
+        ("addresses", ctypes.c_int64),
+        ("computes", ctypes.c_int64),
         ("py_buffer", ctypes.c_int64 * 10),  # where `gather` has room for one
     ]
 
 
 _WORD_COUNT: Final = ctypes.sizeof(Call) // 8
-_PROGRAM, _OPERANDS, _OUTPUTS, _RESULTS, _WALK, _JOB_COUNT, _BEGIN, _END, _PY_BUFFER = (
+_PROGRAM, _OPERANDS, _OUTPUTS, _RESULTS, _WALK, _JOB_COUNT, _BEGIN, _END, _ADDRESSES, _COMPUTES, _PY_BUFFER = (
     getattr(Call, name).offset // 8
-    for name in ("program", "operands", "outputs", "results", "walk", "job_count", "begin", "end", "py_buffer")
+    for name in (
+        *("program", "operands", "outputs", "results", "walk", "job_count", "begin", "end"),
+        *("addresses", "computes", "py_buffer"),
+    )
 )
 
 
@@ -116,15 +122,17 @@ def compute(call: int) -> int:
     return 0
 
 
-@native("int64(int64, int64, int64, int64, int64, int64)")
-def gather(call: int, code: int, buffers: int, addresses: int, job_count: int, is_last: int) -> int:
-    """Fill in a Call for the jobs whose programs are at `code`, and compute them if `is_last`.
+@native("int64(int64, int64, int64)")
+def gather(call: int, code: int, buffers: int) -> int:
+    """Fill in a Call for its `job_count` jobs, whose programs are at `code`, and compute them if it `computes`.
 
-    `buffers` is a list of the jobs' operands and, behind them, the memory for their outputs; `addresses` has room for
-    an address of each. Returns 0, or the number of the first job, from 1, whose operands are not as its program says:
-    that is found before anything is computed. The buffers stay where they are for as long as somebody holds them.
+    `buffers` is a list of the jobs' operands and, behind them, the memory for their outputs. Returns 0, or the number of
+    the first job, from 1, whose operands are not as its program says: that is found before anything is computed. The
+    buffers stay where they are for as long as somebody holds them.
     """
     words = array_at(call, _WORD_COUNT, np.int64)
+    job_count = words[_JOB_COUNT]
+    addresses = words[_ADDRESSES]
     view = call + 8 * _PY_BUFFER
     # A Py_buffer begins with the memory's address, its owner and its length in bytes.
     fields = array_at(view, 3, np.int64)
@@ -150,8 +158,7 @@ def gather(call: int, code: int, buffers: int, addresses: int, job_count: int, i
     _release_buffer(view)
     words[_PROGRAM] = code
     words[_OPERANDS] = addresses
-    words[_JOB_COUNT] = job_count
-    return compute(call) if is_last else 0
+    return compute(call) if words[_COMPUTES] else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +166,7 @@ class Kernel:
     """The compiled entry points, as Python calls them, and the array of the loops' addresses."""
 
     compute_without_gil: Callable[[Any], int]
-    gather: Callable[[Any, bytes, list[Any], int, int, bool], int]
+    gather: Callable[[Any, bytes, list[Any]], int]
     loops: Any
 
 
@@ -170,8 +177,6 @@ def load_kernel() -> Kernel:
     word, pointer = ctypes.c_int64, ctypes.c_void_p
     return Kernel(
         compute_without_gil=ctypes.CFUNCTYPE(word, pointer)(address_of(compute)),
-        gather=ctypes.PYFUNCTYPE(word, pointer, ctypes.c_char_p, ctypes.py_object, word, word, word)(
-            address_of(gather)
-        ),
+        gather=ctypes.PYFUNCTYPE(word, pointer, ctypes.c_char_p, ctypes.py_object)(address_of(gather)),
         loops=np.array([address_of(loop) for loop in LOOPS], np.int64),
     )

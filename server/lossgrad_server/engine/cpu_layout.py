@@ -119,6 +119,7 @@ SPEC: Final = np.dtype(
         # cpu_formulas.Factors
         ("limit", np.float64),
         ("divisor", np.float64),
+        ("inverse_divisor", np.float64),
         ("slope", np.float64),
         ("edge", np.float64),
         ("half", np.float64),
@@ -345,6 +346,7 @@ def _specs(plan: JobPlan) -> Any:
         of_spec = factors(spec, is_float64=is_float64)
         for name in ("limit", "divisor", "slope", "edge", "half", "scale", "second_scale"):
             record[name] = getattr(of_spec, name)
+        record["inverse_divisor"] = 1.0 / of_spec.divisor
         record["loss_output"] = places.get((index, Role.LOSS), -1)
         for name, role, tensor in (
             ("input_gradient_output", Role.INPUT_GRADIENT, plan.input),
@@ -372,12 +374,13 @@ def _specs(plan: JobPlan) -> Any:
         record["is_full"] = is_full
         is_direct = record["direct_gradient_output"] >= 0
         in_scratch = record["input_gradient_output"] >= 0 or has_target
-        record["stores"] = in_scratch or spec.reduction == Reduction.NONE or (is_full and is_direct)
+        has_loss = spec.reduction == Reduction.NONE
+        record["stores"] = in_scratch or (is_full and is_direct) or (has_loss and not is_pair)
         record["loop"] = _loop(
             is_float64=is_float64,
             is_pair=is_pair,
             is_full=is_full,
-            has_loss=spec.reduction == Reduction.NONE,
+            has_loss=has_loss,
             has_gradient=is_direct or in_scratch,
             is_direct=is_direct,
         )

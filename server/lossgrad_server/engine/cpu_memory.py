@@ -63,9 +63,12 @@ class Arena:
             results=self._results.address,
             scratch=self._scratch[0].address,
             loops=kernel.loops.ctypes.data,
+            addresses=self._addresses.address,
             walk=_ALL_WALKS,
         )
         self._call_address = ctypes.addressof(self._call)
+        # Job count, and whether the GIL is held, as they were last written to the call.
+        self._batch = (0, False)
 
     @property
     def threads(self) -> int:
@@ -90,8 +93,11 @@ class Arena:
             or 8 * len(buffers) > self._addresses.byte_count
         ):
             self._grow(state_bytes, result_bytes, 8 * len(buffers))
-        failed = self._gather(self._call_address, code, buffers, self._addresses.address, len(programs), holding_gil)
-        if failed:
+        # Setting a field takes as long as a small job, and most batches are like the last.
+        if (len(programs), holding_gil) != self._batch:
+            self._batch = len(programs), holding_gil
+            self._call.job_count, self._call.computes = self._batch
+        if self._gather(self._call_address, code, buffers):
             raise OperandMismatch
         if not holding_gil:
             self._kernel.compute_without_gil(self._call_address)
@@ -103,6 +109,7 @@ class Arena:
         self._addresses.grow(address_bytes)
         self._call.state = self._state.address
         self._call.results = self._results.address
+        self._call.addresses = self._addresses.address
 
     def open_job(self, program: Program, buffers: list[Buffer]) -> OpenJob:
         """Prepare to compute one job walk by walk. `buffers` as for `compute`, and it raises the same."""
@@ -129,9 +136,15 @@ class OpenJob:
         self._addresses = Memory(8 * len(buffers))
         # The kernels know addresses only.
         self._held = (program.code, buffers)
-        self._call = Call(state=state.address, results=self._results.address, loops=kernel.loops.ctypes.data)
+        self._call = Call(
+            state=state.address,
+            results=self._results.address,
+            loops=kernel.loops.ctypes.data,
+            addresses=self._addresses.address,
+            job_count=1,
+        )
         if len(buffers) != program.operand_count + 1 or kernel.gather(
-            ctypes.addressof(self._call), program.code, buffers, self._addresses.address, 1, False
+            ctypes.addressof(self._call), program.code, buffers
         ):
             raise OperandMismatch
 

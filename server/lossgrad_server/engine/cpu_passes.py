@@ -155,9 +155,12 @@ def run_block(address: int, index: int, start: int, count: int) -> int:
     if spec.direct_gradient_output >= 0 and not spec.is_full:
         size = 8 if job.is_float64 else 4
         gradients = frame.outputs + output_of(frame, job, spec.direct_gradient_output).offset + start * size
+    losses = frame.scratch + SCRATCH_LOSS
+    if job.is_pair and spec.reduction == _NONE:
+        losses = frame.outputs + output_of(frame, job, spec.loss_output).offset + 4 * start
     run_loop(
         frame, spec.loop, count, first, second, SCRATCH_SCALE if spec.divides_rows else SCRATCH_WEIGHT, gradients,
-        frame.scratch + SCRATCH_LOSS, lanes_of(frame, index), lost_of(frame, index), spec_address(frame, index),
+        losses, lanes_of(frame, index), lost_of(frame, index), spec_address(frame, index),
         own[SPEC_FACTOR], own[SPEC_EDGE],
     )  # fmt: skip
     return 0
