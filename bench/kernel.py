@@ -3,9 +3,9 @@
     python -m bench.kernel [--quick] [--json] [--rounds N]
 
 "kernel" is one call of the kernels, for one request, into memory that is kept, as the copy beside it is made into memory
-already touched; "worker" is DeviceWorker.run, all of its Python and a fresh answer included. Every case has its turn in every round; a turn
-is a burst of calls, of which the first is left out, so that each case finds the caches as it leaves them itself.
-On a machine with CUDA, bench.kernel_cuda adds its sections. The bars are issue 3's.
+already touched; "worker" is DeviceWorker.run, all of its Python and a fresh answer included. Every case has its turn in
+every round; a turn is a burst of calls, of which the first is left out, so that each case finds the caches as it leaves
+them itself. On a machine with CUDA, bench.kernel_cuda adds its sections. The bars are issue 3's.
 """
 
 from __future__ import annotations

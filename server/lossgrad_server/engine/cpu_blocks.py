@@ -95,9 +95,7 @@ def _float32_loop(
                 row += ROWS
             else:
                 for j in range(width):
-                    sums[j] = _add_float32(
-                        sums[j], j, arrays, spec, factor, is_pair, has_gradient, has_loss, is_full
-                    )
+                    sums[j] = _add_float32(sums[j], j, arrays, spec, factor, is_pair, has_gradient, has_loss, is_full)
                 row += 1
         return 0
 
@@ -148,9 +146,7 @@ def _float64_loop(name: str, *, has_gradient: bool = False, is_full: bool = Fals
                 total, error = high[j], low[j]
                 if whole:
                     for step in range(ROWS):
-                        total, error = _add_float64(
-                            total, error, j + step * LANES, arrays, spec, has_gradient, is_full
-                        )
+                        total, error = _add_float64(total, error, j + step * LANES, arrays, spec, has_gradient, is_full)
                 else:
                     total, error = _add_float64(total, error, j, arrays, spec, has_gradient, is_full)
                 high[j] = total
