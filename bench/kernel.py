@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.measuring import Bar, bars_table, interleave, machine, number, paired_ratio, progress, table, to_json
+from lossgrad_api.allocator import keep_large_blocks
 from lossgrad_server.engine.cpu_kernel import load_kernel
 from lossgrad_server.engine.cpu_layout import program_of
 from lossgrad_server.engine.cpu_memory import Arena
@@ -305,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.rounds:
         settings = Settings(options.rounds, *(getattr(settings, name) for name in Settings.__slots__[1:]))
     torch.set_num_threads(1)
+    keep_large_blocks()  # as the server does; torch gains from it too
     gc.collect()
     gc.disable()
     report = Bench(settings).run()
