@@ -215,7 +215,7 @@ class Bench:
         operands = tuple(memoryview(tensor.view(torch.uint8).numpy().data) for tensor in (x, y))
         (outcome,) = self.worker.run([WorkItem(JobPlan(specs, plan, plan).header, operands)]).outcomes
         if isinstance(outcome, WorkFailure):
-            raise RuntimeError(outcome.message)  # noqa: TRY004 - it is no wrong type
+            raise RuntimeError(outcome.message)  # noqa: TRY004
         numbers = [record[0] for record in SPEC_RESULT.iter_unpack(outcome.scalars)]
         gradient = torch.frombuffer(bytearray(outcome.outputs[0]), dtype=x.dtype)
         return dict(zip((Reduction.MEAN, Reduction.SUM), numbers, strict=True)), gradient
