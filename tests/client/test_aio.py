@@ -28,6 +28,7 @@ from lossgrad import (
 )
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from tests.client.peer import Peer, PeerServer, Refused, status
+from tests.client.waiting import other_tasks_end, until
 
 Code = grpc.StatusCode
 INPUT = np.array([[0.1, -2.0, 3.0], [0.5, 0.25, -0.75]], np.float32)
@@ -44,11 +45,6 @@ async def async_pairs(count: int) -> AsyncIterator[tuple[Any, Any]]:
     for pair in pairs(count):
         await asyncio.sleep(0)
         yield pair
-
-
-async def until(event: Any) -> None:
-    """Wait for an event of another thread."""
-    assert await asyncio.to_thread(event.wait, 10)
 
 
 async def test_every_method_gives_what_the_blocking_client_gives(
@@ -275,7 +271,7 @@ async def test_leaving_a_stream_ends_the_call_and_its_task(async_client: AsyncLo
     await anext(stream)
     await stream.aclose()  # type: ignore[attr-defined]
     await until(peer.ended)
-    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await other_tasks_end()
 
 
 async def test_cancelling_a_task_in_a_stream_ends_the_call(async_client: AsyncLossClient, peer: Peer) -> None:
@@ -286,7 +282,7 @@ async def test_cancelling_a_task_in_a_stream_ends_the_call(async_client: AsyncLo
     with pytest.raises(asyncio.CancelledError):
         await task
     await until(peer.ended)
-    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await other_tasks_end()
 
 
 async def test_closing_the_client_ends_a_stream(target: str, peer: Peer) -> None:

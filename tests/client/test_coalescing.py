@@ -28,6 +28,7 @@ from lossgrad import (
 )
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from tests.client.peer import Peer, PeerServer, Refused, status
+from tests.client.waiting import other_tasks_end, until
 
 Code = grpc.StatusCode
 ZERO = np.zeros(1)
@@ -39,18 +40,6 @@ def value_of(request: pb.ComputeLossRequest) -> float:
 
 def call(client: AsyncLossClient, number: float, **options: Any) -> Awaitable[LossResult]:
     return client.l1(np.array([float(number)]), ZERO, **options)
-
-
-async def until(event: Any) -> None:
-    """Wait for an event of another thread."""
-    assert await asyncio.to_thread(event.wait, 10)
-
-
-async def other_tasks_end() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    if others:
-        assert not (await asyncio.wait(others, timeout=10))[1]
-    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 async def test_a_thousand_calls_take_few_messages_of_one_stream(async_client: AsyncLossClient, peer: Peer) -> None:
@@ -333,7 +322,7 @@ async def test_closing_ends_the_calls_without_cancelling_their_tasks(target: str
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [Cancelled] * 1000
     assert len(set(map(id, outcomes))) == 1000
-    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await other_tasks_end()
     await until(peer.ended)
 
 
