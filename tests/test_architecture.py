@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 API, SERVER, CLIENT = ROOT / "proto/lossgrad_api", ROOT / "server/lossgrad_server", ROOT / "client/lossgrad"
 MAX_LINES = 420
 # Longer than they should be, and to be split by subject: no longer than they are, and nobody else.
-TOO_LONG = {"cpu_layout.py": 510, "cuda_kernel.py": 460, "cuda_template.py": 460, "test_cuda_batches.py": 470}
+TOO_LONG = {"cuda_kernel.py": 460, "cuda_template.py": 460, "test_cuda_batches.py": 470}
 
 # Folder or file -> the modules (and all below them) that it must not import.
 FORBIDDEN = {
