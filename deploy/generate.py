@@ -1,6 +1,6 @@
-"""Writes the files of this folder that are made from others: the Prometheus operator's rules, from Prometheus' own.
+"""Writes the files of this folder that are made by others: Grafana's dashboards, and the Prometheus operator's rules.
 
-`python deploy/generate.py` writes them; tests/test_kubernetes.py holds the committed ones equal to what this would write.
+`python -m deploy.generate` writes them; the tests hold the committed ones equal to what this would write.
 """
 
 from __future__ import annotations
@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+
+from deploy.grafana import capacity, overview
 
 DEPLOY: Final = Path(__file__).parent
 RULES: Final = DEPLOY / "prometheus/rules"
 PROMETHEUS_RULE: Final = DEPLOY / "kubernetes/components/monitoring/prometheusrule.yaml"
 
-_HEADER: Final = "# Made from deploy/prometheus/rules by `python deploy/generate.py`; change them there.\n"
+DASHBOARDS: Final = DEPLOY / "grafana/dashboards"
+
+_HEADER: Final = "# Made from deploy/prometheus/rules by `python -m deploy.generate`; change them there.\n"
 
 
 def prometheus_rule() -> str:
@@ -31,8 +36,21 @@ def prometheus_rule() -> str:
     return _HEADER + yaml.safe_dump(document, sort_keys=False, width=120)
 
 
+def dashboards() -> dict[Path, str]:
+    """Return every dashboard as JSON, by the file that it belongs in."""
+    files: dict[Path, str] = {}
+    for module in (overview, capacity):
+        dashboard = module.build().build()
+        for index, panel in enumerate(dashboard.panels or [], 1):
+            panel.id_val = index
+        files[DASHBOARDS / f"{module.UID}.json"] = JSONEncoder(sort_keys=True, indent=1).encode(dashboard) + "\n"
+    return files
+
+
 def main() -> None:
     """Write every file."""
+    for path, text in dashboards().items():
+        path.write_text(text)
     PROMETHEUS_RULE.write_text(prometheus_rule())
 
 
