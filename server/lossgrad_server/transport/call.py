@@ -26,6 +26,10 @@ class Call(Protocol):
     def deadline(self) -> float | None:
         """When the caller stops waiting, on time.monotonic's clock, in seconds. None: never."""
 
+    @property
+    def peer(self) -> str:
+        """Where the call comes from, as gRPC writes it: "ipv4:127.0.0.1:51234", "unix:"; "inproc" in this process."""
+
 
 Send = Callable[[bytes], Awaitable[None]]
 UnaryHandler = Callable[[bytes, Call], Awaitable[bytes]]

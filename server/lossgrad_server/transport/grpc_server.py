@@ -79,6 +79,12 @@ class GrpcCall:
         remaining = self._context.time_remaining()
         return None if remaining is None else time.monotonic() + remaining
 
+    @property
+    def peer(self) -> str:
+        """Where the call comes from."""
+        peer: str = self._context.peer()
+        return peer
+
 
 def _handler(method: Method, metrics: Metrics, max_message_bytes: int) -> grpc.RpcMethodHandler[Any, Any]:
     # No (de)serializer: handlers take and give bytes, and what cannot be read is answered by ours, not by grpcio, which
