@@ -57,8 +57,11 @@ class PendingRequest:
         pipeline.metrics.stage("decode", time.perf_counter_ns() - started_ns)
 
     def _encode(self, computed: Computed) -> Sequence[Buffer]:
-        """Return the parts of the response message."""
+        """Return the parts of the response message. Raises RequestError."""
         raise NotImplementedError
+
+    def _failed(self) -> None:
+        """Take note that the answer is an error."""
 
     def refuse(self, error: RequestError) -> None:
         """Answer with an error instead of queueing."""
@@ -69,12 +72,15 @@ class PendingRequest:
         if not isinstance(outcome, RequestError):
             try:
                 answer = self._answer(job, outcome)
+            except RequestError as error:
+                outcome = error
             except Exception:
                 # A bug of ours, such as a worker's outputs that are not the plan's. The caller must learn of it.
                 logger.exception("Making an answer failed")
                 outcome = InternalError()
         if isinstance(outcome, RequestError):
             self._pipeline.metrics.failed(job.plan, self._api, outcome)
+            self._failed()
             answer = outcome
         # The job holds this request through `on_done`, and this request the job: a cycle that would keep every request's
         # bytes until the next full garbage collection.
