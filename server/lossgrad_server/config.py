@@ -99,6 +99,10 @@ class ServerConfig:
     max_batch_bytes: int = _setting(
         256 * MIB, "Most bytes in a batch, answers included; bounds the memory on the device.", least=1
     )
+    open_inference: bool = _setting(
+        True,
+        "Serve the Open Inference Protocol too, on the same port and from the same batches, for Triton's clients and tools.",
+    )
     reflection: bool = _setting(
         False, "Serve gRPC reflection, for tools such as grpcurl. Off, because it is of no use to clients."
     )

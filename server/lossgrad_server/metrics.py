@@ -37,6 +37,8 @@ UNKNOWN: Final = "unknown"  # the loss label of a request that was refused befor
 
 _OUTCOMES: Final = {
     Code.INVALID_ARGUMENT: "invalid",
+    Code.NOT_FOUND: "invalid",
+    Code.ALREADY_EXISTS: "invalid",
     Code.DEADLINE_EXCEEDED: "deadline",
     Code.CANCELLED: "cancelled",
     Code.UNAVAILABLE: "overloaded",
