@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from datetime import datetime
 from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
@@ -44,6 +45,7 @@ _OUTCOMES: Final = {
     Code.UNAVAILABLE: "overloaded",
     Code.RESOURCE_EXHAUSTED: "too_large",
     Code.UNIMPLEMENTED: "invalid",
+    Code.UNAUTHENTICATED: "unauthenticated",
     Code.INTERNAL: "internal",
 }
 _OUTCOMES_BY_REASON: Final = {Reason.OUT_OF_DEVICE_MEMORY: "oom", Reason.DEVICE_FAILED: "device"}
@@ -77,6 +79,14 @@ class QueueState(Protocol):
     @property
     def oldest_wait_seconds(self) -> float:
         """How long the job that has waited longest has waited."""
+
+
+class CertificateState(Protocol):
+    """What the gauge of the certificate reads."""
+
+    @property
+    def expires(self) -> datetime:
+        """When the certificate in use expires."""
 
 
 class RequestMetrics:
@@ -199,6 +209,15 @@ class Metrics:
     def watch(self, queue: QueueState) -> None:
         """Export the queue's state, read anew at every scrape."""
         self.registry.register(_QueueCollector(queue, self._utilization, self.device))
+
+    def watch_certificates(self, certificates: CertificateState) -> None:
+        """Export until when the certificate is valid, read anew at every scrape."""
+        gauge = Gauge(
+            "lossgrad_tls_certificate_expiry_timestamp_seconds",
+            "When the certificate in use expires, in seconds since 1970.",
+            registry=self.registry,
+        )
+        gauge.set_function(lambda: certificates.expires.timestamp())  # noqa: PLW0108 - another date after a reload
 
     def of_request(self, plan: JobPlan, api: str) -> RequestMetrics:
         """Return the series that a request with this plan touches."""
