@@ -75,10 +75,10 @@ def _difference(source: Any, first: Any, second: Any, place: Any) -> Any:
 
 @inlined
 def _add_magnitudes(total: Any, place: Any, addresses: Any, vectors: Any, flags: Any) -> Any:
-    """Compute eight elements, write their gradients and return `total` plus their losses."""
-    source, gradient, streams = flags
-    first, second, gradients, _ = addresses
-    limit, minus_half, high, low, edge = vectors
+    """Compute eight elements, write their gradients and losses and return `total` plus their losses."""
+    source, gradient, has_loss, streams = flags
+    first, second, gradients, losses = addresses
+    limit, minus_half, inverse_divisor, high, low, edge = vectors
     d = _difference(source, first, second, place)
     magnitude = absolute_float32x8(d)
     wide = as_float64x8(magnitude)
@@ -93,7 +93,10 @@ def _add_magnitudes(total: Any, place: Any, addresses: Any, vectors: Any, flags:
             stream_float32x8(gradients + 4 * place, value)
         else:
             store_float32x8(gradients + 4 * place, value)
-    return fused(p, fused(minus_half, p, wide), total)
+    rest = fused(minus_half, p, wide)
+    if has_loss:
+        store_float32x8(losses + 4 * place, as_float32x8(multiply(multiply(p, rest), inverse_divisor)))
+    return fused(p, rest, total)
 
 
 @inlined
@@ -176,7 +179,7 @@ def _loop(name: str, source: int, *, gradient: int = _NONE, has_loss: bool = Fal
     What is less than a row of lanes at the end it moves to a row in scratch memory, where it needs 256 bytes at `lost`.
     """
     has_gradient = gradient != _NONE
-    in_float32 = gradient != _AS_FLOAT64 and not has_loss
+    in_float32 = gradient != _AS_FLOAT64
     rounds_to_odd = gradient in (_AS_FLOAT16, _AS_BFLOAT16)
     source_bytes, gradient_bytes = _SOURCE_BYTES[source], _GRADIENT_BYTES[gradient]
     moves_gradient = gradient not in (_NONE, _AS_FLOAT64)
@@ -189,31 +192,30 @@ def _loop(name: str, source: int, *, gradient: int = _NONE, has_loss: bool = Fal
         high = float32(factor)
         edge = _to_odd(limit * factor) if rounds_to_odd else float32(limit * factor)
         magnitude_vectors = (
-            splat(limit), splat(-0.5), splat_float32(high), splat_float32(float32(factor - high)),
-            splat_float32(edge),
+            splat(limit), splat(-0.5), splat(spec.inverse_divisor),
+            splat_float32(high), splat_float32(float32(factor - high)), splat_float32(edge),
         )  # fmt: skip
         vectors = (splat(limit), splat(-limit), splat(-0.5), splat(factor), splat(spec.inverse_divisor))
         sum0, sum1, sum2, sum3 = _load_lanes(lanes)
         addresses = (first, second, gradients, losses)
         is_narrow = in_float32 and (not has_gradient or _LEAST_FACTOR < factor < _MOST_FACTOR)
         is_streaming = streams and gradients % STREAM_ALIGNMENT == 0
+        flags = (source, gradient, has_loss, is_streaming)
         rows = count // LANES * LANES
         end = rows
         for part in range(2):
             if is_narrow:
-                flags = (source, gradient, is_streaming)
                 for i in range(0, end, LANES):
                     sum0 = _add_magnitudes(sum0, i, addresses, magnitude_vectors, flags)
                     sum1 = _add_magnitudes(sum1, i + WIDTH, addresses, magnitude_vectors, flags)
                     sum2 = _add_magnitudes(sum2, i + 2 * WIDTH, addresses, magnitude_vectors, flags)
                     sum3 = _add_magnitudes(sum3, i + 3 * WIDTH, addresses, magnitude_vectors, flags)
             else:
-                signed_flags = (source, gradient, has_loss, is_streaming)
                 for i in range(0, end, LANES):
-                    sum0 = _add_signed(sum0, i, addresses, vectors, signed_flags)
-                    sum1 = _add_signed(sum1, i + WIDTH, addresses, vectors, signed_flags)
-                    sum2 = _add_signed(sum2, i + 2 * WIDTH, addresses, vectors, signed_flags)
-                    sum3 = _add_signed(sum3, i + 3 * WIDTH, addresses, vectors, signed_flags)
+                    sum0 = _add_signed(sum0, i, addresses, vectors, flags)
+                    sum1 = _add_signed(sum1, i + WIDTH, addresses, vectors, flags)
+                    sum2 = _add_signed(sum2, i + 2 * WIDTH, addresses, vectors, flags)
+                    sum3 = _add_signed(sum3, i + 3 * WIDTH, addresses, vectors, flags)
             if part == 1 or rows == count:
                 break
             # Gradients and losses of the tail take the places of the operands that they are made of.
