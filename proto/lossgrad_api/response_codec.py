@@ -22,6 +22,7 @@ from lossgrad_api.wire import (
     read_tag,
     read_varint,
     scalar_field,
+    signed_varint,
     skip,
     string_field,
     tensor_head,
@@ -78,13 +79,18 @@ class ResponseView(NamedTuple):
 
 def encode_compute_response(stats: StatsView, results: Iterable[ResultView], idempotency_key: str = "") -> list[Buffer]:
     """Return a ComputeLossResponse as parts to join."""
-    body = scalar_field(1, stats[0]) + _stats_of_batch(stats[1:])
-    parts: list[Buffer] = [b"\x0a" + varint(len(body)) + body]
+    parts: list[Buffer] = [encode_stats(stats)]
     for result in results:
         parts += _result_parts(result)
     if idempotency_key:
         parts.append(string_field(3, idempotency_key))
     return parts
+
+
+def encode_stats(stats: StatsView) -> bytes:
+    """Return the field of a ComputeLossResponse that holds its ComputeStats."""
+    body = scalar_field(1, stats[0]) + _stats_of_batch(stats[1:])
+    return b"\x0a" + varint(len(body)) + body
 
 
 @lru_cache(maxsize=64)
@@ -94,9 +100,8 @@ def _stats_of_batch(stats: tuple[int, int, int, int, int, str]) -> bytes:
     return numbers + string_field(7, stats[5])
 
 
-@lru_cache(maxsize=1024)
-def _counts(element_count: int, weight_sum: float, nonfinite_count: int) -> bytes:
-    """Return the fields 3 to 5 of a LossResult: equal for requests of one shape."""
+def counts_fields(element_count: int, weight_sum: float, nonfinite_count: int) -> bytes:
+    """Return the fields 3 to 5 of a LossResult."""
     packed = _DOUBLE.pack(weight_sum)
     weight = b"\x21" + packed if packed != _ZERO else b""
     return scalar_field(3, element_count) + weight + scalar_field(5, nonfinite_count)
@@ -111,8 +116,7 @@ def _result_parts(result: ResultView) -> list[Buffer]:
         size += len(tensor.data)
         parts += (head + tensor_head(2 << 3 | 2, tensor.data_type, tensor.shape, len(tensor.data)), tensor.data)
         head = b""
-    # 0.0 and -0.0 are equal keys of a cache and not equal on the wire.
-    head += (_counts if weight_sum else _counts.__wrapped__)(element_count, weight_sum, nonfinite_count)
+    head += counts_fields(element_count, weight_sum, nonfinite_count)
     for tag, gradient in ((6 << 3 | 2, target_gradient), (7 << 3 | 2, input_gradient)):
         if gradient is not None:
             data = gradient.data
@@ -134,10 +138,11 @@ def encode_stream_response(responses: Iterable[tuple[int, Sequence[Buffer] | sta
             field, parts = b"\x1a", [outcome.SerializeToString()]
         else:
             field, parts = b"\x12", outcome
-        size = sum(map(len, parts))
-        head = scalar_field(1, tag) + field + varint(size)
+        size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
+        # scalar_field by hand: this is done for each of thousands of answers a second.
+        head = (b"\x08" + signed_varint(tag) if tag else b"") + field + varint(size)
         message.append(b"\x0a" + varint(len(head) + size) + head)
-        message.extend(parts)
+        message += parts
     return b"".join(message)
 
 
