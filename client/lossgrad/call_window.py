@@ -66,7 +66,8 @@ class CallWindow:
     @property
     def wake_at(self) -> float:
         """When to call `wake`, on the clock; infinity if only a call or an answer can change anything."""
-        return min(self._first_deadline, self._exchange.wake_at)
+        first, second = self._first_deadline, self._exchange.wake_at
+        return first if first < second else second
 
     def add(self, request: Request, timeout: float | None, caller: Any) -> Item:
         """Add a call. It waits until `messages` takes it."""

@@ -133,7 +133,8 @@ class Exchange:
             if deadline is None:
                 timeout_ns = 0
             else:
-                timeout_ns = max(1, int((deadline - now) * 1e9))
+                # In whole milliseconds, so that requests that were added together have equal ones: those are encoded once.
+                timeout_ns = max(1, int((deadline - now) * 1e3)) * 1_000_000
                 self.wake_at = min(self.wake_at, deadline)
             if self.is_alone(request.byte_count):
                 if item.message is None:
@@ -158,9 +159,9 @@ class Exchange:
             outcomes = decode_stream_response(message)
         except CodecError as error:
             raise ServerError(f"the server's answer cannot be read: {error}") from error
-        sent, finish = self._sent, self._finish
+        take, finish = self._sent.pop, self._finish
         for tag, outcome in outcomes:
-            item = sent.pop(tag, None)
+            item = take(tag, None)
             if item is None:
                 continue  # answered before: given up here, or sent twice because the stream broke
             if not isinstance(outcome, ResponseView):

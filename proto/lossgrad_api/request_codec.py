@@ -107,10 +107,7 @@ def encode_stream_request(requests: Iterable[tuple[int, int, Sequence[Buffer]]])
     for tag, timeout_ns, parts in requests:
         size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
         # scalar_field by hand: this is done for each of thousands of requests a second.
-        head = b"\x08" + signed_varint(tag) if tag else b""
-        if timeout_ns:
-            head += b"\x10" + signed_varint(timeout_ns)
-        head += b"\x1a" + varint(size)
+        head = (b"\x08" + signed_varint(tag) if tag else b"") + _request_field_head(timeout_ns, size)
         message.append(b"\x0a" + varint(len(head) + size) + head)
         message += parts
     return b"".join(message)
@@ -311,6 +308,12 @@ def _header_too_large(excess: int) -> HeaderTooLarge:
         f"all that is not tensor data takes at least {MAX_HEADER_BYTES + excess} bytes, at most {MAX_HEADER_BYTES} are "
         "taken; tensor elements belong in Tensor.data"
     )
+
+
+@lru_cache(maxsize=256)
+def _request_field_head(timeout_ns: int, size: int) -> bytes:
+    """Return what stands in a TaggedRequest between its tag and its ComputeLossRequest."""
+    return (b"\x10" + signed_varint(timeout_ns) if timeout_ns else b"") + b"\x1a" + varint(size)
 
 
 @lru_cache(maxsize=1024)
