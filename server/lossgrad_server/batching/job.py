@@ -11,13 +11,14 @@ from lossgrad_server.work import WorkItem, WorkResult
 
 
 class BatchFacts(NamedTuple):
-    """What the jobs of a batch have in common: where the batch's time went, in nanoseconds, and how large it was."""
+    """What the jobs of a batch have in common: where its time went, in nanoseconds, how large it was, its own number."""
 
     pack_ns: int
     compute_ns: int
     unpack_ns: int
     request_count: int
     element_count: int
+    number: int
 
 
 class Computed(NamedTuple):

@@ -35,7 +35,7 @@ def response_parts(header: bytes, computed: Computed, stats: bytes, idempotency_
 
 def stats_bytes(computed: Computed, device: str) -> bytes:
     """Return the response's ComputeStats; equal for all jobs of a batch that waited equally long."""
-    return encode_stats(StatsView(computed.queue_ns, *computed.batch, device))
+    return encode_stats(StatsView(computed.queue_ns, *computed.batch[:5], device))
 
 
 def has_nonfinite(computed: Computed) -> bool:

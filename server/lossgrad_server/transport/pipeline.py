@@ -1,7 +1,7 @@
 """One request's way through the server, the same for every method: check, queue, compute, answer, count.
 
-All of it but the computing runs in the event loop's thread. What requests of a message or a batch have in common is done
-once for all of them: taking times, counting, encoding the batch's times.
+All of it but the computing runs in the event loop's thread. What the requests of a message or a batch have in common is
+done once for all of them: taking times, counting, encoding the batch's times.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from lossgrad_api.codec import Buffer
 from lossgrad_server.batching.batcher import Batcher
-from lossgrad_server.batching.job import BatchFacts, Job, Outcome
+from lossgrad_server.batching.job import BatchFacts, Computed, Job, Outcome
 from lossgrad_server.errors import InternalError, Reason, RequestError, Unavailable
+from lossgrad_server.jobs import JobPlan
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.transport.answers import has_nonfinite, response_parts, stats_bytes
 from lossgrad_server.transport.checks import RequestChecker
+from lossgrad_server.work import WorkItem
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +31,88 @@ Answer = Sequence[Buffer] | RequestError
 
 
 class PendingRequest(Job):
-    """A request between its check and its answer, which is the parts of a ComputeLossResponse or an error."""
+    """A request between its check and its answer, which is the parts of a response message or an error.
 
-    __slots__ = ("api", "idempotency_key", "on_answer", "started_ns", "tag")
+    What all protocols share is here; what a computed job looks like on the wire is a subclass's `_encode`.
+    """
 
-    api: str
-    idempotency_key: str
-    on_answer: Callable[[PendingRequest, Answer], None]
-    started_ns: int
-    tag: int  # whatever the receiver of the answer knows it by
+    __slots__ = ("_on_answer", "_pipeline", "_started_ns", "api")
+
+    def __init__(
+        self,
+        pipeline: RequestPipeline,
+        plan: JobPlan,
+        item: WorkItem,
+        *,
+        started_ns: int,
+        api: str,
+        deadline: float | None,
+        on_answer: Callable[[Any, Answer], None],
+    ) -> None:
+        """Make a request of what its check established; `started_ns` is when its bytes were there."""
+        super().__init__(plan, item, pipeline.on_done, deadline)
+        self._pipeline = pipeline
+        self.api = api
+        self._on_answer = on_answer
+        self._started_ns = started_ns
+
+    @property
+    def started_ns(self) -> int:
+        """When its bytes were there, on perf_counter_ns's clock."""
+        return self._started_ns
+
+    def _encode(self, computed: Computed) -> Sequence[Buffer]:
+        """Return the parts of the response message. Raises RequestError."""
+        raise NotImplementedError
+
+    def _failed(self) -> None:
+        """Take note that the answer is an error."""
+
+    def done(self, outcome: Outcome) -> None:
+        """Answer the request. Called once."""
+        answer: Answer
+        if not isinstance(outcome, RequestError):
+            try:
+                answer = self._encode(outcome)
+                self._pipeline.count(self, outcome)
+            except RequestError as error:
+                outcome = error
+            except Exception:
+                # A bug of ours, such as a worker's outputs that are not the plan's. The caller must learn of it.
+                logger.exception("Making an answer failed")
+                outcome = InternalError()
+        if isinstance(outcome, RequestError):
+            self._pipeline.metrics.failed(self.plan, self.api, outcome)
+            self._failed()
+            answer = outcome
+        self._on_answer(self, answer)
+
+
+class PendingComputeLoss(PendingRequest):
+    """A ComputeLossRequest, answered with the parts of a ComputeLossResponse."""
+
+    __slots__ = ("idempotency_key", "tag")
+
+    def __init__(
+        self,
+        pipeline: RequestPipeline,
+        data: bytes,
+        start: int,
+        end: int | None,
+        *,
+        api: str,
+        deadline: float | None,
+        on_answer: Callable[[PendingComputeLoss, Answer], None],
+        started_ns: int,
+        tag: int,
+    ) -> None:
+        """Check `data[start:end]`. Raises RequestError. `tag` is for whoever takes the answer."""
+        plan, item, self.idempotency_key = pipeline.checker.check(data, start, end)
+        self.tag = tag
+        super().__init__(pipeline, plan, item, started_ns=started_ns, api=api, deadline=deadline, on_answer=on_answer)
+
+    def _encode(self, computed: Computed) -> Sequence[Buffer]:
+        return response_parts(self.item.header, computed, self._pipeline.stats_of(computed), self.idempotency_key)
 
 
 class RequestPipeline:
@@ -48,7 +123,11 @@ class RequestPipeline:
         self.metrics = metrics
         self.checker = RequestChecker(max_message_bytes)
         self.is_warm = False  # set once the worker is; requests before that are told to come back
-        self._on_done = self._answer  # the same object for every job: so the batcher hands them back together
+        self.on_done = self._done  # the same object for every request: so the batcher hands them back together
+        self._alike: list[_Alike] = []  # answered, and not yet counted
+        self._is_answering = False
+        # The last batch's stats, for requests that waited this long.
+        self._stats: tuple[BatchFacts | None, int, bytes] = (None, 0, b"")
 
     def open(
         self,
@@ -58,136 +137,116 @@ class RequestPipeline:
         *,
         api: str,
         deadline: float | None,
-        on_answer: Callable[[PendingRequest, Answer], None],
-        tag: int = 0,
+        on_answer: Callable[[PendingComputeLoss, Answer], None],
         started_ns: int = 0,
-    ) -> PendingRequest:
+        tag: int = 0,
+    ) -> PendingComputeLoss:
         """Check the ComputeLossRequest `data[start:end]`. Raises RequestError; then nothing is pending.
 
-        `started_ns` is when the request came, on perf_counter_ns's clock: now, unless it is given.
+        `started_ns` is when its bytes were there, on perf_counter_ns's clock: now, unless it is given. `tag` is for whoever
+        takes the answer.
         """
-        started_ns = started_ns or time.perf_counter_ns()
         try:
-            plan, item, idempotency_key = self.checker.check(data, start, end)
+            return PendingComputeLoss(
+                self,
+                data,
+                start,
+                end,
+                api=api,
+                deadline=deadline,
+                on_answer=on_answer,
+                started_ns=started_ns or time.perf_counter_ns(),
+                tag=tag,
+            )
         except RequestError as error:
             self.metrics.failed(None, api, error)
             raise
-        request = PendingRequest(plan, item, self._on_done, deadline)
-        request.api = api
-        request.idempotency_key = idempotency_key
-        request.on_answer = on_answer
-        request.started_ns = started_ns
-        request.tag = tag
-        return request
 
     def submit(self, requests: Sequence[PendingRequest]) -> None:
-        """Queue opened requests that came together. Those that are refused are answered at once."""
+        """Queue opened requests whose bytes came together. Those that are refused are answered at once."""
         if not requests:
             return
         count = len(requests)
         self.metrics.stage("decode", (time.perf_counter_ns() - requests[0].started_ns) / count, count)
         if self.is_warm:
-            refused = self.batcher.submit(requests)
-        else:
-            refused = [
-                (
-                    request,
-                    Unavailable(
-                        "this server is warming up; try again in a moment",
-                        reason=Reason.WARMING_UP,
-                        retry_after_seconds=0.5,
-                    ),
+            for job, error in self.batcher.submit(requests):
+                cast(PendingRequest, job).done(error)
+            return
+        for request in requests:
+            request.done(
+                Unavailable(
+                    "this server is warming up; try again in a moment",
+                    reason=Reason.WARMING_UP,
+                    retry_after_seconds=0.5,
                 )
-                for request in requests
-            ]
-        if refused:
-            self._answer(cast(list[tuple[Job, Outcome]], refused))
+            )
 
-    def _answer(self, outcomes: list[tuple[Job, Outcome]]) -> None:
-        """Answer requests that the batcher hands back, or did not take."""
+    def stats_of(self, computed: Computed) -> bytes:
+        """Return the ComputeStats of an answer, encoded."""
+        facts, queue_ns, stats = self._stats
+        if computed.batch is not facts or computed.queue_ns != queue_ns:
+            stats = stats_bytes(computed, self.metrics.device)
+            self._stats = computed.batch, computed.queue_ns, stats
+        return stats
+
+    def count(self, request: PendingRequest, computed: Computed) -> None:
+        """Count a request that is answered with numbers; those of one message that come one after another, together."""
+        is_nonfinite = has_nonfinite(computed)
+        alike = self._alike[-1] if self._alike else None
+        if alike is None or not alike.takes(request, computed):
+            alike = _Alike(request, computed)
+            self._alike.append(alike)
+        alike.times += 1
+        alike.nonfinite += is_nonfinite
+        if not self._is_answering:
+            self._count_all(time.perf_counter_ns())
+
+    def _done(self, outcomes: list[tuple[Job, Outcome]]) -> None:
         begun_ns = time.perf_counter_ns()
-        answers: list[tuple[PendingRequest, Answer]] = []
-        counts = _Counts()
-        facts: BatchFacts | None = None
-        queue_ns = -1
-        stats = b""
+        self._is_answering = True
         for job, outcome in outcomes:
-            request = cast(PendingRequest, job)
-            answer: Answer
             try:
-                if isinstance(outcome, RequestError):
-                    answer = outcome
-                else:
-                    if outcome.batch is not facts or outcome.queue_ns != queue_ns:
-                        facts, queue_ns = outcome.batch, outcome.queue_ns
-                        stats = stats_bytes(outcome, self.metrics.device)
-                    answer = response_parts(request.item.header, outcome, stats, request.idempotency_key)
-                    counts.add(request, queue_ns, has_nonfinite(outcome))
-            except Exception:
-                # A bug of ours, such as a worker's outputs that are not the plan's. The caller must learn of it.
-                logger.exception("Making an answer failed")
-                answer = InternalError()
-            if isinstance(answer, RequestError):
-                self.metrics.failed(request.plan, request.api, answer)
-            answers.append((request, answer))
-        counts.write(self.metrics, begun_ns)
-        for request, answer in answers:
-            try:
-                request.on_answer(request, answer)
+                cast(PendingRequest, job).done(outcome)
             except Exception:  # one caller's trouble must not cost the others their answers
                 logger.exception("Handing over an answer failed")
+        self._is_answering = False
+        self._count_all(begun_ns)
+
+    def _count_all(self, begun_ns: int) -> None:
+        """Write what was counted since `begun_ns`, when the first of the answers began to be encoded."""
+        alike, self._alike = self._alike, []
+        if not alike:
+            return
+        metrics = self.metrics
+        now_ns = time.perf_counter_ns()
+        total = sum([one.times for one in alike])
+        metrics.stage("encode", (now_ns - begun_ns) / total, total)
+        for one in alike:
+            metrics.stage("queue", one.queue_ns, one.times)
+            seconds = (now_ns - one.started_ns) * 1e-9
+            metrics.of_request(one.plan, one.api).done(seconds, one.plan.element_count, one.times, one.nonfinite)
 
 
 class _Alike:
-    """Requests of one message that were answered together: equal in all that metrics tell apart."""
+    """Answered requests that are equal in all that metrics tell apart."""
 
-    __slots__ = ("count", "nonfinite", "queue_ns", "request")
+    __slots__ = ("api", "nonfinite", "plan", "queue_ns", "started_ns", "times")
 
-    def __init__(self, request: PendingRequest, queue_ns: int) -> None:
-        self.request = request
-        self.queue_ns = queue_ns
-        self.count = 0
-        self.nonfinite = 0
+    def __init__(self, request: PendingRequest, computed: Computed) -> None:
+        self.plan = request.plan
+        self.api = request.api
+        self.started_ns = request.started_ns
+        self.queue_ns = computed.queue_ns
+        self.times = self.nonfinite = 0
 
-
-class _Counts:
-    """Counts answered requests: those that are alike and follow one another, as one message's do, all at once."""
-
-    def __init__(self) -> None:
-        self._found: list[_Alike] = []
-
-    def add(self, request: PendingRequest, queue_ns: int, is_nonfinite: bool) -> None:
-        """Count a request that was computed."""
-        if self._found:
-            alike = self._found[-1]
-            other = alike.request
-            if (
-                other.plan is request.plan
-                and other.started_ns == request.started_ns
-                and other.api == request.api
-                and alike.queue_ns == queue_ns
-            ):
-                alike.count += 1
-                alike.nonfinite += is_nonfinite
-                return
-        alike = _Alike(request, queue_ns)
-        alike.count = 1
-        alike.nonfinite = int(is_nonfinite)
-        self._found.append(alike)
-
-    def write(self, metrics: Metrics, begun_ns: int) -> None:
-        """Write to the metrics; the answers have been encoded since `begun_ns`."""
-        total = sum([alike.count for alike in self._found])
-        if not total:
-            return
-        now_ns = time.perf_counter_ns()
-        metrics.stage("encode", (now_ns - begun_ns) / total, total)
-        for alike in self._found:
-            request = alike.request
-            metrics.stage("queue", alike.queue_ns, alike.count)
-            metrics.of_request(request.plan, request.api).done(
-                (now_ns - request.started_ns) * 1e-9, request.plan.element_count, alike.count, alike.nonfinite
-            )
+    def takes(self, request: PendingRequest, computed: Computed) -> bool:
+        """Whether a request is another of these."""
+        return (
+            request.plan is self.plan
+            and request.started_ns == self.started_ns
+            and computed.queue_ns == self.queue_ns
+            and request.api == self.api
+        )
 
 
 async def joined(parts: Sequence[Buffer], api: str, metrics: Metrics) -> bytes:

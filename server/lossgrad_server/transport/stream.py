@@ -19,7 +19,7 @@ from lossgrad_api import codec
 from lossgrad_server.errors import InvalidRequest, Reason, RequestError
 from lossgrad_server.transport.call import Call, Send
 from lossgrad_server.transport.checks import malformed
-from lossgrad_server.transport.pipeline import JOIN_IN_THREAD_BYTES, Answer, PendingRequest, RequestPipeline
+from lossgrad_server.transport.pipeline import JOIN_IN_THREAD_BYTES, Answer, PendingComputeLoss, RequestPipeline
 from lossgrad_server.transport.status import to_status
 
 API: Final = "stream"
@@ -43,7 +43,7 @@ class StreamSession:
         self._max_requests = max_requests
         self._max_bytes = max_bytes
         self._message_bytes = min(MESSAGE_BYTES, max_bytes)
-        self._pending: set[PendingRequest] = set()
+        self._pending: set[PendingComputeLoss] = set()
         self._outbox: deque[_Entry] = deque()
         self._inside_requests = 0  # pending and unsent
         self._inside_bytes = 0
@@ -81,7 +81,7 @@ class StreamSession:
             raise malformed(error) from None
         now = turn_started = time.monotonic()
         started_ns = time.perf_counter_ns()
-        opened: list[PendingRequest] = []
+        opened: list[PendingComputeLoss] = []
         open_request, on_answer = self._pipeline.open, self._on_answer
         for tag, timeout_ns, data, start, end in tagged_requests:
             self._inside_requests += 1
@@ -103,11 +103,11 @@ class StreamSession:
                 started_ns = time.perf_counter_ns()
         self._submit(opened)
 
-    def _submit(self, opened: list[PendingRequest]) -> None:
+    def _submit(self, opened: list[PendingComputeLoss]) -> None:
         self._pending.update(opened)
         self._pipeline.submit(opened)
 
-    def _on_answer(self, request: PendingRequest, answer: Answer) -> None:
+    def _on_answer(self, request: PendingComputeLoss, answer: Answer) -> None:
         self._pending.remove(request)
         if isinstance(answer, RequestError):
             self._put(request.tag, to_status(answer, request.idempotency_key), request.byte_count)
