@@ -63,6 +63,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
         retries: int | None = None,
         max_message_bytes: int | None = None,
         coalesce: bool | None = None,
+        bulk: bool | None = None,
     ) -> None:
         self._settings = ChannelSettings.resolve(
             target,
@@ -75,6 +76,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             retries=retries,
             max_message_bytes=max_message_bytes,
             coalesce=coalesce,
+            bulk=bulk,
         )
         self._metadata = self._settings.metadata
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 # How long the device's running batch may take to end once nobody waits for it any more.
 _WORKER_STOP_SECONDS: Final = 10.0
 
+# How often requests are looked through for late ones.
+_EXPIRY_SECONDS: Final = 0.05
+
 # Memory kept for the next large message is given back once there has been no request for this long.
 _IDLE_SECONDS: Final = 5.0
 
@@ -53,6 +56,7 @@ class Core:
 
     def __init__(self, config: ServerConfig, loop: asyncio.AbstractEventLoop) -> None:
         self.device_lost = asyncio.Event()
+        self._expiry: asyncio.Task[None] | None = None
         self.is_ready = False
         try:
             worker = engine.create_worker(config.device, config.threads or None, config.engine)
@@ -110,7 +114,15 @@ class Core:
         self.batcher.start()
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.wait_until_warm)
         self.pipeline.is_warm = True
+        self._expiry = asyncio.create_task(self._expire())
         self.set_ready(True)
+
+    async def _expire(self) -> None:
+        """Hand back what is late, so that nobody is answered long after they stopped waiting."""
+        while True:
+            await asyncio.sleep(_EXPIRY_SECONDS)
+            if self.batcher.admitted_requests:
+                self.batcher.expire()
 
     def set_ready(self, is_ready: bool) -> None:
         """Say whether requests are served."""
@@ -119,6 +131,8 @@ class Core:
 
     async def close(self) -> None:
         """Answer what still waits, and stop the worker."""
+        if self._expiry is not None:
+            self._expiry.cancel()
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.close, _WORKER_STOP_SECONDS)
 
 
