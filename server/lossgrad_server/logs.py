@@ -38,7 +38,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str, style: str, stream: TextIO = sys.stderr, logger: logging.Logger | None = None) -> None:
-    """Send a logger, the root if none is given, to a stream. `style` is one of FORMATS; "auto": text on a terminal, else JSON."""
+    """Send a logger (the root) to a stream. `style` is one of FORMATS; "auto" is text on a terminal and JSON elsewhere."""
     is_text = style == "text" or (style == "auto" and stream.isatty())
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter(_TEXT) if is_text else JsonFormatter())
