@@ -41,6 +41,7 @@ class ChannelSettings:
     retries: int = DEFAULT_RETRIES
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     coalesce: bool = True  # whether an AsyncLossClient's concurrent small calls share a stream
+    shared_memory: bool = False  # whether tensors stay in shared memory where the server is on this machine
 
     def __post_init__(self) -> None:
         if not self.timeout > 0:
@@ -73,6 +74,7 @@ class ChannelSettings:
         retries: int | None = None,
         max_message_bytes: int | None = None,
         coalesce: bool | None = None,
+        shared_memory: bool | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> ChannelSettings:
         """Return the settings: each argument, or else its LOSSGRAD_ variable, or else the default.
@@ -108,6 +110,7 @@ class ChannelSettings:
             retries=setting("RETRIES", retries, int, DEFAULT_RETRIES),
             max_message_bytes=setting("MAX_MESSAGE_BYTES", max_message_bytes, int, DEFAULT_MAX_MESSAGE_BYTES),
             coalesce=setting("COALESCE", coalesce, _boolean, True),
+            shared_memory=setting("SHARED_MEMORY", shared_memory, _boolean, False),
         )
 
     @property

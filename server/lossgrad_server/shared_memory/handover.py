@@ -17,35 +17,16 @@ import logging
 import os
 import secrets
 import socket
-import struct
-from enum import IntEnum
 from pathlib import Path
 from typing import Final
 
+from lossgrad_api.shared_codec import HANDOVER_MARK, HANDOVER_RECORD, TOKEN_BYTES, HandoverAnswer, HandoverAsk
 from lossgrad_server.errors import RequestError
-from lossgrad_server.shared_memory.segments import TOKEN_BYTES, Segment, Segments, free_pages
+from lossgrad_server.shared_memory.segments import Segment, Segments, free_pages
 
 logger = logging.getLogger(__name__)
 
-# Both ways: a mark with the version, what is asked or what became of it, the region's name, its size in bytes.
-RECORD: Final = struct.Struct(f"<4sI{TOKEN_BYTES}sQ")
-MARK: Final = b"LGM1"
 MAX_CONNECTIONS: Final = 256
-
-
-class Ask(IntEnum):
-    """What a caller asks for."""
-
-    REGION = 1  # a region of so many bytes; answered with its name and descriptor
-    RELEASE = 2  # to end the region of this name; its pages are freed. Not answered
-
-
-class Answer(IntEnum):
-    """What became of it."""
-
-    GRANTED = 0
-    MALFORMED = 1  # the connection is closed
-    NO_ROOM = 2  # the budget, or the system, has no room for it now
 
 
 class Handover:
@@ -57,7 +38,7 @@ class Handover:
         self._path: Path | None = None
         if server_address.startswith("unix:"):
             # Beside the server's own socket: whoever reaches that one reaches this one, from another container, too.
-            self._path = Path(server_address.removeprefix("unix:").removeprefix("//") + ".memory")
+            self._path = Path(server_address.removeprefix("unix:").removeprefix("//") + ".memory").absolute()
             self.address = f"unix:{self._path}"
         else:
             self.address = f"unix-abstract:lossgrad-{secrets.token_hex(16)}"
@@ -136,7 +117,7 @@ class _Connection:
         try:
             # Room for one byte more than a record has, to see that there is no more. Descriptors that a caller sends
             # along are not taken: there is no room for them, and the kernel closes them.
-            message = self._socket.recv(RECORD.size + 1)
+            message = self._socket.recv(HANDOVER_RECORD.size + 1)
         except BlockingIOError:
             return
         except OSError:
@@ -144,13 +125,13 @@ class _Connection:
         if not message:
             self._end()
             return
-        if len(message) != RECORD.size:
+        if len(message) != HANDOVER_RECORD.size:
             self._refuse()
             return
-        mark, ask, token, byte_count = RECORD.unpack(message)
-        if mark == MARK and ask == Ask.REGION and byte_count:
+        mark, ask, token, byte_count = HANDOVER_RECORD.unpack(message)
+        if mark == HANDOVER_MARK and ask == HandoverAsk.REGION and byte_count:
             self._grant(byte_count)
-        elif mark == MARK and ask == Ask.RELEASE:
+        elif mark == HANDOVER_MARK and ask == HandoverAsk.RELEASE:
             segment = self._segments.take(self, token)
             if segment is not None:
                 self._free([segment])
@@ -161,33 +142,32 @@ class _Connection:
         try:
             segment, descriptor = self._segments.create(self, byte_count)
         except RequestError:
-            self._answer(Answer.NO_ROOM, byte_count=byte_count)
+            self._answer(HandoverAnswer.NO_ROOM, byte_count=byte_count)
             return
         except (OSError, ValueError, OverflowError) as error:
             logger.warning("No memory to share: %s bytes: %s", byte_count, error)
-            self._answer(Answer.NO_ROOM, byte_count=byte_count)
+            self._answer(HandoverAnswer.NO_ROOM, byte_count=byte_count)
             return
         try:
-            self._answer(Answer.GRANTED, segment, descriptor)
+            self._answer(HandoverAnswer.GRANTED, segment, descriptor)
         finally:
             os.close(descriptor)
 
     def _answer(
-        self, answer: Answer, segment: Segment | None = None, descriptor: int | None = None, byte_count: int = 0
+        self, answer: HandoverAnswer, segment: Segment | None = None, descriptor: int | None = None, byte_count: int = 0
     ) -> None:
         token = bytes(TOKEN_BYTES)
         if segment is not None:
             token, byte_count = segment.token, segment.byte_count
+        record = HANDOVER_RECORD.pack(HANDOVER_MARK, answer, token, byte_count)
         try:
-            socket.send_fds(
-                self._socket, [RECORD.pack(MARK, answer, token, byte_count)], [] if descriptor is None else [descriptor]
-            )
+            socket.send_fds(self._socket, [record], [] if descriptor is None else [descriptor])
         except OSError:  # gone, or it does not read
             self._end()
 
     def _refuse(self) -> None:
         with contextlib.suppress(OSError):
-            self._socket.send(RECORD.pack(MARK, Answer.MALFORMED, bytes(TOKEN_BYTES), 0))
+            self._socket.send(HANDOVER_RECORD.pack(HANDOVER_MARK, HandoverAnswer.MALFORMED, bytes(TOKEN_BYTES), 0))
         self._end()
 
     def _end(self) -> None:

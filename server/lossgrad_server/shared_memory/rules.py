@@ -53,10 +53,13 @@ def check_part(what: str, offset: int, byte_count: int, region_bytes: int) -> No
     # Python's integers do not overflow: the sum is the sum.
     if offset < 0 or byte_count < 0 or offset + byte_count > region_bytes:
         raise _bad(
-            f"{what} takes {byte_count} bytes from byte {offset} on; its region has {region_bytes} bytes", "shared_memory"
+            f"{what} takes {byte_count} bytes from byte {offset} on; its region has {region_bytes} bytes",
+            "shared_memory",
         )
     if byte_count > MAX_PART_BYTES:
-        raise _bad(f"{what} takes {byte_count} bytes; at most {MAX_PART_BYTES} can be shared at a time", "shared_memory")
+        raise _bad(
+            f"{what} takes {byte_count} bytes; at most {MAX_PART_BYTES} can be shared at a time", "shared_memory"
+        )
 
 
 def shown(name: str) -> str:

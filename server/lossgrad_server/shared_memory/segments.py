@@ -15,20 +15,21 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
+from lossgrad_api.shared_codec import TOKEN_BYTES
 from lossgrad_server.errors import InvalidRequest, Reason
 from lossgrad_server.shared_memory.rules import PART_ALIGNMENT, Budget, check_part, unknown_region
 
 logger = logging.getLogger(__name__)
 
-TOKEN_BYTES: Final = 16
 # A segment that no request has used for this long is given up, so that others find room; its owner is told when it comes
 # back, and gets a new one. The owner's own mapping is not touched.
 IDLE_SECONDS: Final = 600.0
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if hasattr(fcntl, "F_SEAL_SEAL") else 0
-_STRICT_OVERCOMMIT: Final = "2"
+_OVERCOMMIT: Final = Path("/proc/sys/vm/overcommit_memory")
 
 
 class Segment:
@@ -147,8 +148,7 @@ def why_impossible() -> str:
     if not (hasattr(os, "memfd_create") and _SEALS):
         return "this system has no sealed memory files"
     try:
-        with open("/proc/sys/vm/overcommit_memory", encoding="ascii") as setting:
-            is_strict = setting.read().strip() == _STRICT_OVERCOMMIT
+        is_strict = _OVERCOMMIT.read_text(encoding="ascii").strip() == "2"
     except OSError:
         is_strict = False
     # Then a page of a mapping may be refused when it is first touched, which kills whoever touches it.

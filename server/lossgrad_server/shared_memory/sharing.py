@@ -57,6 +57,13 @@ class SharedMemory:
             return None
         return self._handover.address, self._max_region_bytes
 
+    def state(self) -> list[tuple[str, int, int]]:
+        """Return what is shared, for metrics: of each kind its name, how many regions, how many bytes."""
+        return [
+            ("segment", self.segments.count, self.segments.byte_count),
+            ("system", self.system_regions.count, self.system_regions.byte_count),
+        ]
+
     def close(self) -> None:
         """Let go of everything. Call it once no request is left."""
         if self._sweeper is not None:

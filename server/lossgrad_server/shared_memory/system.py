@@ -44,7 +44,7 @@ _ROOT: Final = 0
 class _Region:
     """A registered region. Its descriptor lives as long as anything refers to it: a view of a running request, too."""
 
-    __slots__ = ("__weakref__", "descriptor", "description")
+    __slots__ = ("__weakref__", "description", "descriptor")
 
     def __init__(self, descriptor: int, description: SystemRegion) -> None:
         self.descriptor = descriptor

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lossgrad_api.codec import Buffer, ResultView, StatsView, WireTensor, encode_compute_response
+from lossgrad_api.codec import EMPTY, Buffer, ResultView, StatsView, WireTensor, encode_compute_response
 from lossgrad_server.batching.job import Computed, Job
 from lossgrad_server.jobs import Role
 from lossgrad_server.work import SPEC_RESULT
 
 
 def results(job: Job, computed: Computed) -> list[ResultView]:
-    """Return the job's results, in the order of its specs."""
+    """Return the job's results, in the order of its specs. Tensors that went to shared memory have no data."""
     plan = job.plan
     tensors: dict[tuple[int, Role], WireTensor] = {}
+    is_placed = bool(job.item.destinations)
     for output, data in zip(plan.outputs, computed.result.outputs, strict=True):
-        tensors[output.spec_index, output.role] = WireTensor(output.tensor.data_type, output.tensor.shape, data)
+        tensors[output.spec_index, output.role] = WireTensor(
+            output.tensor.data_type, output.tensor.shape, EMPTY if is_placed else data
+        )
     find = tensors.get
     return [
         ResultView(

@@ -19,6 +19,7 @@ from lossgrad_server.jobs import JobPlan
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.transport.answers import response_parts, results
 from lossgrad_server.transport.checks import RequestChecker
+from lossgrad_server.transport.shared_tensors import SharedMemoryParts, copy, misplaced
 from lossgrad_server.work import WorkItem
 
 logger = logging.getLogger(__name__)
@@ -113,9 +114,29 @@ class PendingComputeLoss(PendingRequest):
         plan, item, self.idempotency_key = pipeline.checker.check(data, start, end)
         super().__init__(pipeline, plan, item, started_ns=started_ns, api=api, deadline=deadline, on_answer=on_answer)
 
+    def _done(self, job: Job, outcome: Outcome) -> None:
+        if isinstance(outcome, RequestError) or not job.item.destinations:
+            super()._done(job, outcome)
+            return
+        copies = misplaced(job.item, outcome.result)
+        if sum(len(output) for output, _ in copies) <= JOIN_IN_THREAD_BYTES:
+            copy(copies)
+            super()._done(job, outcome)
+            return
+        copying = asyncio.get_running_loop().run_in_executor(None, copy, copies)
+        copying.add_done_callback(lambda done: super(PendingComputeLoss, self)._done(job, _copied(done, outcome)))
+
     def _encode(self, computed: Computed) -> Sequence[Buffer]:
         device = self._pipeline.metrics.device
         return response_parts(computed, results(self.job, computed), device, self.idempotency_key)
+
+
+def _copied(copying: asyncio.Future[None], outcome: Outcome) -> Outcome:
+    """Return what became of a job whose outputs were being copied."""
+    if (error := copying.exception()) is None:
+        return outcome
+    logger.error("Copying outputs failed", exc_info=error)
+    return InternalError()
 
 
 def _answered(job: Job, outcome: Outcome) -> None:
@@ -126,10 +147,13 @@ def _answered(job: Job, outcome: Outcome) -> None:
 class RequestPipeline:
     """Takes requests' bytes, and sees to it that each is answered exactly once."""
 
-    def __init__(self, batcher: Batcher, metrics: Metrics, max_message_bytes: int) -> None:
+    def __init__(
+        self, batcher: Batcher, metrics: Metrics, max_message_bytes: int, memory: SharedMemoryParts | None = None
+    ) -> None:
+        """`memory` is what the server shares with its callers, if it shares any."""
         self.batcher = batcher
         self.metrics = metrics
-        self.checker = RequestChecker(max_message_bytes)
+        self.checker = RequestChecker(max_message_bytes, memory)
         self.is_warm = False  # set once the worker is; requests before that are told to come back
 
     def open(
