@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 from lossgrad_api.codec import Buffer
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 JOIN_IN_THREAD_BYTES: Final = 256 * 1024
 
 Answer = Sequence[Buffer] | RequestError
+Placing = tuple[
+    int, Callable[[], None]
+]  # how many bytes, and what copies them, in any thread; it may raise RequestError
 
 
 class PendingRequest:
@@ -58,24 +62,46 @@ class PendingRequest:
         pipeline.metrics.stage("decode", time.perf_counter_ns() - started_ns)
 
     def _encode(self, computed: Computed) -> Sequence[Buffer]:
-        """Return the parts of the response message."""
+        """Return the parts of the response message. Raises RequestError."""
         raise NotImplementedError
+
+    def _placing(self, computed: Computed) -> Placing | None:
+        """Return what copies outputs to where they are wanted, before there is an answer; None where nothing does."""
+        return None
+
+    def _failed(self) -> None:
+        """Take note that the answer is an error."""
 
     def refuse(self, error: RequestError) -> None:
         """Answer with an error instead of queueing."""
         self._done(self.job, error)
 
     def _done(self, job: Job, outcome: Outcome) -> None:
+        placing = None if isinstance(outcome, RequestError) else self._placing(outcome)
+        if isinstance(outcome, RequestError) or placing is None:
+            self._finish(job, outcome)
+            return
+        byte_count, place = placing
+        if byte_count <= JOIN_IN_THREAD_BYTES:
+            self._finish(job, _placed(place, outcome))
+            return
+        copying = asyncio.get_running_loop().run_in_executor(None, _placed, place, outcome)
+        copying.add_done_callback(lambda done: self._finish(job, done.result()))
+
+    def _finish(self, job: Job, outcome: Outcome) -> None:
         answer: Answer
         if not isinstance(outcome, RequestError):
             try:
                 answer = self._answer(job, outcome)
+            except RequestError as error:
+                outcome = error
             except Exception:
                 # A bug of ours, such as a worker's outputs that are not the plan's. The caller must learn of it.
                 logger.exception("Making an answer failed")
                 outcome = InternalError()
         if isinstance(outcome, RequestError):
             self._pipeline.metrics.failed(job.plan, self._api, outcome)
+            self._failed()
             answer = outcome
         # The job holds this request through `on_done`, and this request the job: a cycle that would keep every request's
         # bytes until the next full garbage collection.
@@ -114,29 +140,27 @@ class PendingComputeLoss(PendingRequest):
         plan, item, self.idempotency_key = pipeline.checker.check(data, start, end)
         super().__init__(pipeline, plan, item, started_ns=started_ns, api=api, deadline=deadline, on_answer=on_answer)
 
-    def _done(self, job: Job, outcome: Outcome) -> None:
-        if isinstance(outcome, RequestError) or not job.item.destinations:
-            super()._done(job, outcome)
-            return
-        copies = misplaced(job.item, outcome.result)
-        if sum(len(output) for output, _ in copies) <= JOIN_IN_THREAD_BYTES:
-            copy(copies)
-            super()._done(job, outcome)
-            return
-        copying = asyncio.get_running_loop().run_in_executor(None, copy, copies)
-        copying.add_done_callback(lambda done: super(PendingComputeLoss, self)._done(job, _copied(done, outcome)))
+    def _placing(self, computed: Computed) -> Placing | None:
+        if not self.job.item.destinations:
+            return None
+        copies = misplaced(self.job.item, computed.result)
+        return sum(len(output) for output, _ in copies), partial(copy, copies)
 
     def _encode(self, computed: Computed) -> Sequence[Buffer]:
         device = self._pipeline.metrics.device
         return response_parts(computed, results(self.job, computed), device, self.idempotency_key)
 
 
-def _copied(copying: asyncio.Future[None], outcome: Outcome) -> Outcome:
-    """Return what became of a job whose outputs were being copied."""
-    if (error := copying.exception()) is None:
-        return outcome
-    logger.error("Copying outputs failed", exc_info=error)
-    return InternalError()
+def _placed(place: Callable[[], None], computed: Computed) -> Outcome:
+    """Copy outputs to where they are wanted; return what became of the job."""
+    try:
+        place()
+    except RequestError as error:
+        return error
+    except Exception:
+        logger.exception("Copying outputs failed")
+        return InternalError()
+    return computed
 
 
 def _answered(job: Job, outcome: Outcome) -> None:
