@@ -63,6 +63,10 @@ class Request:
         """Return the message: the one copy of the caller's elements."""
         return b"".join(self.parts)
 
+    def instead(self, error: LossgradError) -> Request | None:
+        """Return the request to send in place of this one, which failed; None where there is none."""
+        return None
+
     def read(self, message: bytes, round_trip_seconds: float) -> Answer:
         """Return what a ComputeLossResponse says."""
         try:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import grpc
 import grpc.aio
@@ -171,6 +171,19 @@ class ChannelSettings:
                 }
             ]
         return config
+
+
+class Channel(Protocol):
+    """What a client needs of a channel: grpc.Channel has it, and so has the in-process one of `embedded()`."""
+
+    def unary_unary(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
+        """Return a callable (request, timeout, metadata) -> response."""
+
+    def stream_stream(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
+        """Return a callable (request_iterator, timeout, metadata) -> response iterator."""
+
+    def close(self) -> None:
+        """End everything under way."""
 
 
 def connect(settings: ChannelSettings) -> grpc.Channel:

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Protocol, Self, Unpack, overload
+from typing import Any, Literal, NoReturn, Self, Unpack, overload
 
 import grpc
 import numpy as np
@@ -35,7 +35,7 @@ from lossgrad.calls import (
     require_serving,
     stream_ended,
 )
-from lossgrad.channel import ChannelSettings, connect
+from lossgrad.channel import Channel, ChannelSettings, connect
 from lossgrad.errors import LossgradError, from_rpc_error
 from lossgrad.feed import ComputeOptions, OnError, PairFeed, StreamOptions
 from lossgrad.loss_methods import LossMethods
@@ -44,19 +44,6 @@ from lossgrad.results import LossResult, ServerInfo
 from lossgrad.thread_stream import ThreadStream, inherited
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
 from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
-
-
-class Channel(Protocol):
-    """What a client needs of a channel: grpc.Channel has it, and so has the in-process one of `embedded()`."""
-
-    def unary_unary(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
-        """Return a callable (request, timeout, metadata) -> response."""
-
-    def stream_stream(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
-        """Return a callable (request_iterator, timeout, metadata) -> response iterator."""
-
-    def close(self) -> None:
-        """End everything under way."""
 
 
 class LossClient(LossMethods[LossResult]):
@@ -265,6 +252,7 @@ class LossClient(LossMethods[LossResult]):
             in_flight_bytes=in_flight_bytes,
             allow_broadcast=allow_broadcast,
             timeout=timeout,
+            memory=self._memory,
         )
         return self._run_stream(iter(pairs), feed)
 
@@ -337,6 +325,8 @@ class LossClient(LossMethods[LossResult]):
         """Drive the window: fill it, give back what is ready, and wait only when neither can be done."""
         window = feed.window
         stream = ThreadStream(self._open_stream)
+        if self._memory is not None:
+            self._memory.find_out()
         has_more = True
         try:
             while True:

@@ -22,6 +22,7 @@ import time
 import weakref
 from bisect import bisect_right, insort
 from collections import deque
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -91,7 +92,7 @@ class Use:
         self.segment = segment
         self._fate = [False]
         # Something that arrays can be made of, that knows when the last of them is gone.
-        self.room: Any = (ctypes.c_ubyte * segment.byte_count).from_buffer(segment.memory)
+        self.room: Any = _bytes_type(segment.byte_count).from_buffer(segment.memory)
         weakref.finalize(self.room, _ended, pool.ended, segment, self._fate).atexit = False
 
     def settle(self) -> None:
@@ -101,6 +102,12 @@ class Use:
     def bytes(self, offset: int = 0, byte_count: int = -1) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return a part of the memory as an array of bytes, which keeps the segment in use."""
         return np.frombuffer(self.room, np.uint8, byte_count, offset)
+
+
+@lru_cache(maxsize=64)
+def _bytes_type(byte_count: int) -> Any:
+    """Return ctypes' type of so many bytes. Kept, because making one takes longer than using it."""
+    return ctypes.c_ubyte * byte_count
 
 
 def _ended(ended: deque[tuple[Segment, bool]], segment: Segment, fate: list[bool]) -> None:

@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -25,7 +26,7 @@ from lossgrad.errors import LossgradError
 from lossgrad.losses import Loss
 from lossgrad.segments import SegmentPool, Use
 from lossgrad.tensors import FLOATS, ITEMSIZES, Family, promote, read_mask, read_pair, read_weight
-from lossgrad_api.codec import ResponseView, ResultView, WireTensor
+from lossgrad_api.codec import Buffer, ResponseView, ResultView, WireTensor, encode_compute_request
 from lossgrad_api.shared_codec import OUTPUT_ALIGNMENT, SharedTensor, encode_shared_request
 from lossgrad_api.v1 import loss_service_pb2 as pb
 
@@ -42,6 +43,8 @@ _AGAIN_SECONDS: Final = 60.0
 _MAX_FAILURES: Final = 3
 _PART_ALIGNMENT: Final = 8  # of a part, as the server takes it
 
+_NAMES: Final = ("input", "target", "weight", "mask")
+_Named = dict[str, Any]
 _GONE: Final = frozenset(("UNKNOWN_REGION", "SHARED_MEMORY_OFF"))
 
 
@@ -49,10 +52,12 @@ _GONE: Final = frozenset(("UNKNOWN_REGION", "SHARED_MEMORY_OFF"))
 class SharedRequest(Request):
     """A request whose tensors are in shared memory. Its answer's tensors come in `outputs`, if that is set."""
 
-    operands: Use | None = None
-    outputs: Use | None = None
-    copies_results: bool = False
-    held: tuple[Any, ...] = field(default=())  # the caller's arrays that lie in shared memory already
+    memory: SharedMemory
+    encode: Callable[..., list[Buffer]]  # encode_compute_request, but for the tensors
+    tensors: tuple[WireTensor | None, ...]  # input, target, weight, mask: where they lie now
+    operands: Use | None
+    outputs: Use | None
+    copies_results: bool
 
     def read_view(self, view: ResponseView, round_trip_seconds: float) -> Answer:
         """Return what an answer says, in the caller's kind of arrays, which lie in shared memory."""
@@ -64,6 +69,17 @@ class SharedRequest(Request):
                 self.target_family = _Adopting(self.target_family)
         # Not super(): a dataclass with slots is another class than the one that was written.
         return Request.read_view(self, view, round_trip_seconds)
+
+    def instead(self, error: LossgradError) -> Request | None:
+        """Return the request whose tensors travel, where this one failed because memory is not shared any more."""
+        if not self.memory.must_travel(self, error):
+            return None
+        input, target, weight, mask = self.tensors
+        parts = self.encode(input, target, weight=weight, mask=mask)
+        byte_count = sum(map(len, parts))
+        return Request(
+            parts, byte_count, self.losses, self.is_single, self.input_family, self.target_family, self.result_type
+        )
 
     def settle(self) -> None:
         """Take note that the server is done with this request."""
@@ -95,7 +111,7 @@ class SharedMemory:
         self._asking = threading.Lock()  # one call at a time asks; others go on without
         self._pool: SegmentPool | None = None
         self._again_at = 0.0
-        self._failures = 0
+        self._failures: list[float] = []  # when
         self._has_told = False
 
     @property
@@ -118,9 +134,12 @@ class SharedMemory:
             self.unavailable(f"the server's socket for it cannot be reached: {error.strerror or error}")
 
     def unavailable(self, reason: str) -> None:
-        """Do without for a while. Said once."""
+        """Do without for a while."""
         self._pool = None
         self._again_at = time.monotonic() + _AGAIN_SECONDS
+        self._tell(reason)
+
+    def _tell(self, reason: str) -> None:
         if not self._has_told:
             self._has_told = True
             logger.warning("Memory is not shared, tensors travel in messages: %s", reason)
@@ -129,20 +148,19 @@ class SharedMemory:
         self, send: Callable[[SharedRequest], Answer], input: Any, target: Any, losses: tuple[Loss, ...], **options: Any
     ) -> Answer | None:
         """Send a request whose tensors are in shared memory; None where they had better travel. Raises LossgradError."""
-        self._find_out()
+        self.find_out()
         request = self.prepare(input, target, losses, **options)
         if request is None:
             return None
         try:
-            answer = send(request)
+            return send(request)
         except LossgradError as error:
-            if self.failed(request, error):
+            if self.must_travel(request, error):
                 return None
             raise
-        self.succeeded()
-        return answer
 
-    def _find_out(self) -> None:
+    def find_out(self) -> None:
+        """Ask the server, if it is to be asked."""
         if self._ask is not None and self.must_ask and self._asking.acquire(blocking=False):
             try:
                 # Where the server cannot be asked, the call itself will say so better.
@@ -162,8 +180,12 @@ class SharedMemory:
         mask: Any = None,
         allow_broadcast: bool = False,
         idempotency_key: str = "",
+        copies: bool = False,
     ) -> SharedRequest | None:
-        """Return the request for these tensors; None where they had better travel. Raises InvalidRequest."""
+        """Return the request for these tensors; None where they had better travel. Raises InvalidRequest.
+
+        With `copies` the caller may use the arrays for something else when this returns, those in shared memory too.
+        """
         pool = self._pool
         if pool is None or _byte_count(input) + _byte_count(target) < SHARED_BYTES:
             return None
@@ -180,41 +202,44 @@ class SharedMemory:
         except ValueError:  # they do not broadcast, which the server says better
             return None
         try:
-            placed = _place(pool, wires)
+            placed = _place(pool, wires, copies=copies)
             outputs = pool.take(output_bytes) if output_bytes >= _INLINE_BYTES else None
-            if placed is None or (outputs is None and output_bytes >= _INLINE_BYTES):
-                self._no_room()
-                return None
-            operands, tensors = placed
         except OSError as error:
-            logger.debug("The server does not share memory any more: %s", error)
-            self._failed(str(error))
+            self._failed(f"the server's socket for it failed: {error.strerror or error}")
             return None
+        if placed is None or (outputs is None and output_bytes >= _INLINE_BYTES):
+            self._tell("the server has no room for more")
+            return None
+        operands, tensors, named = placed
+        specs = [loss.serialized for loss in losses]
         parts = encode_shared_request(
-            [loss.serialized for loss in losses],
-            *tensors[:2],
-            weight=tensors[2],
-            mask=tensors[3],
+            specs,
+            **named,
             outputs=None if outputs is None else outputs.segment.part(0, outputs.segment.byte_count),
             allow_broadcast=allow_broadcast,
             idempotency_key=idempotency_key,
         )
         return SharedRequest(
             parts,
-            sum(map(len, parts)),
+            # Not the few bytes of the message: what is held until it is answered.
+            sum(len(wire.data) for wire in wires if wire is not None) + output_bytes,
             losses,
             is_single,
             first.family,
             second.family,
             result_type,
-            operands,
-            outputs,
-            pool.in_use > _MAX_IN_USE,
-            wires,
+            memory=self,
+            encode=partial(
+                encode_compute_request, specs, allow_broadcast=allow_broadcast, idempotency_key=idempotency_key
+            ),
+            tensors=tensors,
+            operands=operands,
+            outputs=outputs,
+            copies_results=pool.in_use > _MAX_IN_USE,
         )
 
-    def failed(self, request: SharedRequest, error: LossgradError) -> bool:
-        """Take note of a request that failed; return whether to send it again, its tensors in the message."""
+    def must_travel(self, request: SharedRequest, error: LossgradError) -> bool:
+        """Take note of a request that failed; return whether to send its tensors in a message instead."""
         # With a reason the server has answered, and is done with the request; without one, who knows.
         if error.reason and error.code not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
             request.settle()
@@ -223,13 +248,9 @@ class SharedMemory:
         self._failed(error.message)
         return True
 
-    def succeeded(self) -> None:
-        """Take note of an answer."""
-        self._failures = 0
-
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
         """Return an array in shared memory, or an ordinary one where there is none."""
-        self._find_out()
+        self.find_out()
         kind = np.dtype(dtype)
         extents = (shape,) if isinstance(shape, int) else tuple(shape)
         byte_count = kind.itemsize * math.prod(extents)
@@ -251,44 +272,47 @@ class SharedMemory:
         if pool is not None:
             pool.close()
 
-    def _no_room(self) -> None:
-        if not self._has_told:
-            self._has_told = True
-            logger.warning("The server has no room for more shared memory now; tensors travel in messages")
-
     def _failed(self, reason: str) -> None:
-        """Forget all regions: the server has. Another one may be in its place."""
+        """Forget all regions: the server has. It may have been restarted; where this goes on, it is left alone."""
         self.close()
-        self._failures += 1
-        if self._failures >= _MAX_FAILURES:
-            self._failures = 0
+        now = time.monotonic()
+        self._failures = [when for when in self._failures if when > now - _AGAIN_SECONDS] + [now]
+        if len(self._failures) >= _MAX_FAILURES:
             self.unavailable(reason)
 
 
-def _place(pool: SegmentPool, wires: tuple[WireTensor | None, ...]) -> tuple[Use | None, list[Any]] | None:
-    """Return the tensors as they are to be named in a request, copied where they must be; None without room."""
-    tensors: list[Any] = list(wires)
+def _place(
+    pool: SegmentPool, wires: tuple[WireTensor | None, ...], *, copies: bool
+) -> tuple[Use | None, tuple[WireTensor | None, ...], _Named] | None:
+    """Put tensors into shared memory, as far as they are not small and not there already; None without room.
+
+    Returns what they were copied to, the tensors where they lie now, and how a request names them.
+    """
+    tensors = list(wires)
+    named: dict[str, Any] = dict(zip(_NAMES, wires, strict=True))
     to_copy: list[tuple[int, WireTensor, int]] = []
     end = 0
     for index, wire in enumerate(wires):
         if wire is None or len(wire.data) < _INLINE_BYTES:
             continue
-        part = pool.find(wire.data)
+        part = None if copies else pool.find(wire.data)
         if part is not None and part.offset % _PART_ALIGNMENT == 0:
-            tensors[index] = SharedTensor(wire.data_type, wire.shape, part)
+            named[_NAMES[index]] = SharedTensor(wire.data_type, wire.shape, part)
             continue
         to_copy.append((index, wire, end))
         end += -(-len(wire.data) // OUTPUT_ALIGNMENT) * OUTPUT_ALIGNMENT
     if not to_copy:
-        return None, tensors
+        return None, wires, named
     use = pool.take(end)
     if use is None:
         return None
     for index, wire, offset in to_copy:
-        # numpy copies without the GIL.
-        np.copyto(use.bytes(offset, len(wire.data)), np.frombuffer(wire.data, np.uint8))
-        tensors[index] = SharedTensor(wire.data_type, wire.shape, use.segment.part(offset, len(wire.data)))
-    return use, tensors
+        room = use.bytes(offset, len(wire.data))
+        np.copyto(room, np.frombuffer(wire.data, np.uint8))  # which lets other threads run
+        tensors[index] = WireTensor(wire.data_type, wire.shape, room.data)
+        part = use.segment.part(offset, len(wire.data))
+        named[_NAMES[index]] = SharedTensor(wire.data_type, wire.shape, part)
+    return use, tuple(tensors), named
 
 
 def _byte_count(value: Any) -> int:
