@@ -19,7 +19,6 @@ import grpc.aio
 import prometheus_client
 
 from lossgrad_api.allocator import release_free_memory
-from lossgrad_api.codec import SERVICE
 from lossgrad_server import __version__, engine
 from lossgrad_server.batching.admission import AdmissionLimits
 from lossgrad_server.batching.batcher import Batcher
@@ -156,7 +155,9 @@ class Server:
         )
         self._health.add_to(self._grpc)
         if config.reflection:
-            _add_reflection(self._grpc)
+            from lossgrad_server.transport.reflection import add_reflection
+
+            add_reflection(self._grpc, open_inference=config.open_inference)
         self._stop_metrics: Callable[[], None] = lambda: None
         self._trimmer: asyncio.Task[None] | None = None
 
@@ -369,11 +370,3 @@ def _poster(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], N
             logger.debug("A batch ended after the event loop")
 
     return post
-
-
-def _add_reflection(server: grpc.aio.Server) -> None:
-    from grpc_health.v1 import health
-    from grpc_reflection.v1alpha import reflection
-
-    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)  # type: ignore[no-untyped-call]

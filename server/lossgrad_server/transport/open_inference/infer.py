@@ -85,13 +85,15 @@ class InferRequests:
             request = view.parse()
         except CodecError as error:
             raise malformed(error) from None
-        model = find_model(request.model_name, request.model_version)
+        model = None
         try:
+            model = find_model(request.model_name, request.model_version)
             plan = make_plan(model, request, len(view.raw), view.typed, self._max_message_bytes)
             operands = self._operands(plan, view, request)
         except RequestError as error:
             error.request_id = request.id
-            self.statistics.of(model).failed(time.perf_counter_ns() - started_ns)
+            if model is not None:
+                self.statistics.of(model).failed(time.perf_counter_ns() - started_ns)
             raise
         return plan, request.id.encode(), operands
 
