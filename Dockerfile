@@ -1,4 +1,6 @@
-# The server's image: `docker build --tag lossgrad .`, then `docker run --rm --publish 127.0.0.1:50051:50051 lossgrad`.
+# The server's image: `docker build --tag lossgrad .`, then
+#   docker run --rm --env LOSSGRAD_INSECURE=true --publish 127.0.0.1:50051:50051 lossgrad
+# LOSSGRAD_INSECURE, because nothing would be encrypted: docs/security.md says how to have a certificate instead.
 # It holds the client and its command line too: the health check is `lossgrad ping`.
 #
 # CPU or GPU is one build argument, TORCH_FLAVOR: cpu (default), or a CUDA flavour as torch names its wheels, such as

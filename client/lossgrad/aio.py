@@ -321,9 +321,10 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
                         has_more = False
                         break
                     pull_seconds = time.perf_counter() - start
-                    await stream.send(feed.add(pair))
-                    await stream.send(window.flush_if_slow(pull_seconds))
-                    await self._take_received(stream, window, block=False)
+                    if messages := [*feed.add(pair), *window.flush_if_slow(pull_seconds)]:
+                        await stream.send(messages)
+                    if stream.has_received:
+                        await self._take_received(stream, window, block=False)
                 await stream.send(window.flush())
                 for outcome in feed.take_ready():
                     yield outcome

@@ -340,7 +340,8 @@ class LossClient(LossMethods[LossResult]):
                     pull_seconds = time.perf_counter() - start
                     stream.send(feed.add(pair))
                     stream.send(window.flush_if_slow(pull_seconds))
-                    self._take_received(stream, window, block=False)
+                    if stream.has_received:
+                        self._take_received(stream, window, block=False)
                 stream.send(window.flush())
                 yield from feed.take_ready()
                 if window.is_empty and not has_more:

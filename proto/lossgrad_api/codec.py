@@ -28,8 +28,10 @@ from lossgrad_api.response_codec import (
     decode_compute_response,
     decode_stream_response,
     encode_compute_response,
+    encode_stats,
     encode_stream_response,
 )
+from lossgrad_api.response_form import ResponseForm, ResultForm, TensorForm
 from lossgrad_api.wire import EMPTY, Buffer, CodecError, HeaderTooLarge, WireTensor
 
 __all__ = [
@@ -45,16 +47,20 @@ __all__ = [
     "HeaderTooLarge",
     "KnownRequests",
     "RequestView",
+    "ResponseForm",
     "ResponseView",
+    "ResultForm",
     "ResultView",
     "StatsView",
     "TaggedRequestView",
+    "TensorForm",
     "TooManyRequests",
     "WireTensor",
     "decode_compute_response",
     "decode_stream_response",
     "encode_compute_request",
     "encode_compute_response",
+    "encode_stats",
     "encode_stream_request",
     "encode_stream_response",
     "parse_request_header",

@@ -25,6 +25,7 @@ from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.forming import BatchLimits
 from lossgrad_server.config import ConfigError, ServerConfig
 from lossgrad_server.metrics import Metrics
+from lossgrad_server.security import security
 from lossgrad_server.transport.call import Method
 from lossgrad_server.transport.grpc_server import create_server
 from lossgrad_server.transport.health import Health, health_method
@@ -145,6 +146,7 @@ class Server:
         self.config = config
         self.port = 0
         self.metrics_port: int | None = None
+        self._security = security(config)  # before the device: a bad setting must be told at once
         self._core = Core(config, asyncio.get_running_loop(), _shared_memory(config))
         self._health = Health()
         self._grpc = create_server(
@@ -152,8 +154,11 @@ class Server:
             self._core.metrics,
             max_message_bytes=config.max_message_bytes,
             max_connection_age_seconds=config.max_connection_age_seconds,
+            tokens=self._security.tokens,
         )
         self._health.add_to(self._grpc)
+        if self._security.certificates is not None:
+            self._core.metrics.watch_certificates(self._security.certificates)
         if config.reflection:
             from lossgrad_server.transport.reflection import add_reflection
 
@@ -174,7 +179,7 @@ class Server:
     async def start(self) -> None:
         """Bind the ports, warm up, and begin to serve. Raises ConfigError where a port cannot be had."""
         try:
-            self.port = self._grpc.add_insecure_port(self.config.address)
+            self.port = self._security.listen(self._grpc, self.config.address)
         except RuntimeError:
             raise ConfigError(
                 f"cannot listen on {self.config.address}: is it taken, or not an address of this machine? "

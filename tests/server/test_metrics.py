@@ -256,6 +256,7 @@ CLOSED = {
     "api": {"native", "stream"},
     "outcome": {
         "ok", "invalid", "overloaded", "too_large", "deadline", "cancelled", "oom", "device", "internal",
+        "unauthenticated",
     },
     "stage": {"decode", "queue", "pack", "compute", "unpack", "encode"},
     "device": {"cpu"},

@@ -57,6 +57,10 @@ def create(segments: Segments, byte_count: int, owner: object = "somebody") -> S
     return segment
 
 
+def descriptor_count() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 def mappings() -> int:
     return Path("/proc/self/maps").read_text().count("memfd:lossgrad")
 
@@ -96,7 +100,7 @@ def test_there_is_no_part_outside(segments: Segments, offset: int, count: int) -
 
 def test_a_part_is_aligned(segments: Segments) -> None:
     segment = create(segments, 100)
-    with pytest.raises(InvalidRequest, match="begins at byte 4 .* multiple of 8"):
+    with pytest.raises(InvalidRequest, match=r"begins at byte 4 .* multiple of 8"):
         segments.part("target", segment.token, 4, 4)
 
 
@@ -139,7 +143,7 @@ def test_a_part_outlives_its_segment(segments: Segments) -> None:
     segments.take_all("somebody")
     del segment
     assert mappings() == others + 1
-    assert part[:4] == b"abcd"
+    assert bytes(part[:4]) == b"abcd"
     part[4:8] = b"efgh"
     del part
     gc.collect()
@@ -172,16 +176,16 @@ def test_the_budget_bounds_them(segments: Segments, budget: Budget) -> None:
 def test_nothing_is_left_of_a_segment_that_the_system_refuses(
     segments: Segments, budget: Budget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = descriptor_count()
 
     def refuse(*_: object) -> mmap.mmap:
         raise OSError(errno.ENOMEM, "no")
 
-    monkeypatch.setattr(module.mmap, "mmap", refuse)
+    monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(OSError, match="no"):
         segments.create("somebody", MIB)
     assert budget.regions == 0
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert descriptor_count() == descriptors
 
 
 def test_what_nobody_uses_is_given_up_for_others(segments: Segments, clock: Clock) -> None:

@@ -44,19 +44,23 @@ class World:
         self.regions.view(owner, name, offset, len(data), writable=True).write(data)
 
 
+def descriptor_count() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
     directory = tmp_path / "shm"
     directory.mkdir()
     budget = Budget(8, 1000)
     gc.collect()  # exceptions of other tests, and what their frames hold
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = descriptor_count()
     regions = SystemRegions(budget, ["lossgrad"], {"me": ME, "stranger": STRANGER}.get, directory=directory)
     yield World(regions, budget, directory)
     regions.close()
     assert (budget.regions, budget.bytes) == (0, 0)
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert descriptor_count() == descriptors
 
 
 def refused(world: World, *arguments: Any, **more: Any) -> RequestError:

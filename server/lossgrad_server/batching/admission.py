@@ -34,13 +34,14 @@ class Admission:
 
     def admit(self, job: Job) -> None:
         """Count a job in, or raise Unavailable. When nothing is inside, any job is admitted, however large."""
+        size = self.bytes + job.byte_count
         if self.requests and self.requests >= self.limits.requests:
             self._refuse(
                 Reason.QUEUE_FULL,
                 f"the server holds {self.requests} requests, its limit is {self.limits.requests}; "
                 "try again shortly, or send fewer at a time",
             )
-        if self.requests and self.bytes + job.byte_count > self.limits.bytes:
+        if self.requests and size > self.limits.bytes:
             self._refuse(
                 Reason.QUEUE_BYTES_FULL,
                 f"this request needs {job.byte_count} bytes, {self.bytes} of the server's {self.limits.bytes} "
@@ -49,7 +50,7 @@ class Admission:
         self._is_refusing = False
         self.requests += 1
         self.total += 1
-        self.bytes += job.byte_count
+        self.bytes = size
 
     def release(self, job: Job) -> None:
         """Count a job out."""

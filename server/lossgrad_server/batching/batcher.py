@@ -25,14 +25,12 @@ from typing import Protocol
 
 from lossgrad_server.batching.admission import Admission, AdmissionLimits
 from lossgrad_server.batching.forming import Batch, BatchLimits, ClosedBy
-from lossgrad_server.batching.job import Computed, Job
+from lossgrad_server.batching.job import BatchFacts, Computed, Job, Outcome
 from lossgrad_server.batching.waiting import WaitingJobs
 from lossgrad_server.errors import Code, InternalError, Reason, RequestError, TooLarge, Unavailable
 from lossgrad_server.work import BatchResult, DeviceWorker, FailureKind, Pending, WorkFailure
 
 logger = logging.getLogger(__name__)
-
-Outcome = Computed | RequestError
 
 
 class BatchObserver(Protocol):
@@ -170,7 +168,7 @@ class Batcher:
         """Take what waits, if the device is free and it is little: computing it at once is then the shortest way."""
         if not self._is_asleep or not self._worker.inline_work:
             return None
-        if sum(job.plan.element_count * len(job.plan.specs) for job in jobs) > self._worker.inline_work:
+        if sum([job.plan.work for job in jobs]) > self._worker.inline_work:
             return None
         if len(self._waiting) > len(jobs) or not self._device.acquire(blocking=False):
             return None
@@ -328,23 +326,18 @@ class Batcher:
 
     def _outcomes(self, run: _Run, result: BatchResult) -> list[tuple[Job, Outcome]]:
         batch = run.batch
-        outcomes: list[tuple[Job, Outcome]] = []
-        for job, outcome in zip(batch.jobs, result.outcomes, strict=True):
-            if isinstance(outcome, WorkFailure):
-                outcomes.append((job, _failure(outcome)))
-            else:
-                computed = Computed(
-                    result=outcome,
-                    queue_ns=job.picked_ns - job.queued_ns,
-                    pack_ns=result.pack_ns,
-                    compute_ns=result.compute_ns,
-                    unpack_ns=result.unpack_ns,
-                    batch_request_count=len(batch.jobs),
-                    batch_element_count=batch.element_count,
-                    batch_number=run.number,
-                )
-                outcomes.append((job, computed))
-        return outcomes
+        facts = BatchFacts(
+            result.pack_ns, result.compute_ns, result.unpack_ns, len(batch.jobs), batch.element_count, run.number
+        )
+        return [
+            (
+                job,
+                _failure(outcome)
+                if isinstance(outcome, WorkFailure)
+                else Computed(outcome, job.picked_ns - job.queued_ns, facts),
+            )
+            for job, outcome in zip(batch.jobs, result.outcomes, strict=True)
+        ]
 
     def _deliver(self, outcomes: list[tuple[Job, Outcome]]) -> None:
         if outcomes:
@@ -358,11 +351,18 @@ class Batcher:
 
 
 def _hand_back(outcomes: list[tuple[Job, Outcome]]) -> None:
-    for job, outcome in outcomes:
+    """Give jobs back to those that they came from; as many at a time as have the same `on_done`."""
+    start = 0
+    while start < len(outcomes):
+        on_done = outcomes[start][0].on_done
+        end = start + 1
+        while end < len(outcomes) and outcomes[end][0].on_done is on_done:
+            end += 1
         try:
-            job.on_done(job, outcome)
-        except Exception:  # one caller's trouble must not cost the others their answers
-            logger.exception("Handing back a job failed")
+            on_done(outcomes[start:end])
+        except Exception:  # one receiver's trouble must not cost the others their answers
+            logger.exception("Handing back jobs failed")
+        start = end
 
 
 def _failure(failure: WorkFailure) -> RequestError:

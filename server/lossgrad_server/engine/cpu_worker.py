@@ -28,7 +28,7 @@ from lossgrad_server.work import BatchResult, Buffer, Done, FailureKind, Pending
 logger = logging.getLogger(__name__)
 
 # Raised whenever the same request may get other bits from this engine than from the one before.
-KERNEL_VERSION: Final = 1
+KERNEL_VERSION: Final = 2
 
 # Requests of more work than this, elements times losses, are computed in pieces of this much for each thread. At 0.3 to
 # 0.5 ns an element this is half a millisecond: what a small request waits at most.

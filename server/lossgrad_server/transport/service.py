@@ -71,7 +71,7 @@ class LossService:
         try:
             answer = await answered
         except asyncio.CancelledError:
-            pending.job.cancelled = True
+            pending.cancelled = True
             raise
         if isinstance(answer, RequestError):
             answer.request_id = pending.idempotency_key

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from lossgrad_api.wire import Buffer, CodecError, HeaderTooLarge
-from lossgrad_server.batching.batcher import Outcome
-from lossgrad_server.batching.job import Computed, Job
+from lossgrad_server.batching.job import Computed, Outcome
 from lossgrad_server.errors import Cancelled, InvalidRequest, Reason, RequestError
 from lossgrad_server.transport.call import Call
 from lossgrad_server.transport.open_inference.codec import (
@@ -197,7 +196,7 @@ class Views:
 class PendingInfer(PendingRequest):
     """A ModelInferRequest, answered with the parts of a ModelInferResponse."""
 
-    __slots__ = ("_in_message", "_row_counts", "_statistics", "_views", "plan", "request_id")
+    __slots__ = ("_in_message", "_row_counts", "_statistics", "_views", "infer_plan", "request_id")
 
     def __init__(
         self,
@@ -212,7 +211,7 @@ class PendingInfer(PendingRequest):
         api: str,
         on_answer: Callable[[PendingInfer, Answer], None],
     ) -> None:
-        self.plan = plan
+        self.infer_plan = plan
         self.request_id = request_id
         self._statistics = requests.statistics.of(plan.model)
         self._views = views
@@ -236,35 +235,35 @@ class PendingInfer(PendingRequest):
             try:
                 await self._read(self._views)
             except RequestError as error:
-                self.refuse(error)
+                self.done(error)
                 return False
-        if not self.plan.counts_rows:
+        if not self.infer_plan.counts_rows:
             return True
-        mask = self.job.item.operands[-1]
+        mask = self.item.operands[-1]
         try:
             if len(mask) <= _COUNT_IN_THREAD_BYTES:
-                self._row_counts = count_rows(mask, self.plan.row_count)
+                self._row_counts = count_rows(mask, self.infer_plan.row_count)
             else:
                 loop = asyncio.get_running_loop()
-                self._row_counts = await loop.run_in_executor(None, count_rows, mask, self.plan.row_count)
+                self._row_counts = await loop.run_in_executor(None, count_rows, mask, self.infer_plan.row_count)
         except asyncio.CancelledError:
-            self.refuse(Cancelled("the caller cancelled this request before it was queued"))
+            self.done(Cancelled("the caller cancelled this request before it was queued"))
             raise
         return True
 
     async def _read(self, views: Views) -> None:
         """Put the operands that are in shared memory into the job: reading may mean copying. Raises RequestError."""
-        byte_count = sum(one.tensor.byte_count for one in self.plan.inputs if one.place is not None)
+        byte_count = sum(one.tensor.byte_count for one in self.infer_plan.inputs if one.place is not None)
         try:
             if byte_count <= JOIN_IN_THREAD_BYTES:
                 views.read()
             else:
                 await asyncio.get_running_loop().run_in_executor(None, views.read)
         except asyncio.CancelledError:
-            self.refuse(Cancelled("the caller cancelled this request before it was queued"))
+            self.done(Cancelled("the caller cancelled this request before it was queued"))
             raise
         operands = views.operands(self._in_message)
-        self.job.item = WorkItem(self.plan.job.header, operands, views.destinations(self.plan))
+        self.item = WorkItem(self.plan.header, operands, views.destinations(self.infer_plan))
 
     def _placing(self, computed: Computed) -> Placing | None:
         if self._views is None or not any(self._views.outputs):
@@ -281,8 +280,8 @@ class PendingInfer(PendingRequest):
 
         return sum(len(data) for _, data in writes), place
 
-    def _finish(self, job: Job, outcome: Outcome) -> None:
-        super()._finish(job, outcome)
+    def _finish(self, outcome: Outcome) -> None:
+        super()._finish(outcome)
         if self._views is not None:
             self._views.release_quietly()  # of a request that failed: otherwise `_encode` has done it
 
@@ -294,7 +293,7 @@ class PendingInfer(PendingRequest):
         tensors = computed.result.outputs
         scalar, element_count, _, _ = SPEC_RESULT.unpack_from(computed.result.scalars)
         outputs: list[Buffer] = []
-        for output in self.plan.outputs:
+        for output in self.infer_plan.outputs:
             if output.job_output is not None:
                 outputs.append(tensors[output.job_output])
             elif output.name == LOSS:
@@ -308,18 +307,18 @@ class PendingInfer(PendingRequest):
         if self._views is not None:
             raw = [data if view is None else b"" for data, view in zip(raw, self._views.outputs, strict=True)]
             self._views.release()
-        parts = self.plan.form.parts(self.request_id, raw)
-        self._statistics.computed(self.plan.row_count, computed, time.perf_counter_ns() - self._started_ns)
+        parts = self.infer_plan.form.parts(self.request_id, raw)
+        self._statistics.computed(self.infer_plan.row_count, computed, time.perf_counter_ns() - self._started_ns)
         return parts
 
     def _counts(self, element_count: int) -> bytes:
         """Return COUNT: of all elements, or of each row's."""
-        job = self.plan.job
+        job = self.infer_plan.job
         if not job.specs[0].reduction.is_per_sample:
             return struct.pack("<q", element_count)
         if job.mask is not None:
             return self._row_counts
-        rows = self.plan.row_count
+        rows = self.infer_plan.row_count
         return struct.pack("<q", job.element_count // rows) * rows if rows else b""
 
 
