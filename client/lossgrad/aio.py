@@ -74,6 +74,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
         max_message_bytes: int | None = None,
         coalesce: bool | None = None,
         shared_memory: bool | None = None,
+        bulk: bool | None = None,
     ) -> None:
         self._settings = ChannelSettings.resolve(
             target,
@@ -87,6 +88,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             max_message_bytes=max_message_bytes,
             coalesce=coalesce,
             shared_memory=shared_memory,
+            bulk=bulk,
         )
         self._memory = new_shared_memory() if self._settings.shared_memory else None
         self._metadata = self._settings.metadata

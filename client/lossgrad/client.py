@@ -54,7 +54,8 @@ class LossClient(LossMethods[LossResult]):
     `target` is a gRPC target: "host:port", "dns:///host:port", "unix:/path" (localhost:50051). `token` is sent as a
     bearer token. `ca`, `cert` and `key` (PEM: paths, or bytes) turn TLS on; `tls=True` alone trusts the system's
     authorities. `timeout` is each call's, in seconds (30). `retries` is how often a call that found the server
-    unavailable is sent again (2). `max_message_bytes` is the largest message to send or take (256 MiB).
+    unavailable is sent again (2). `max_message_bytes` is the largest message to send or take (256 MiB). `bulk` lets all that
+    others wait for go first (False).
 
     `shared_memory=True` leaves large tensors in memory shared with a server on this machine that allows it; otherwise they
     travel as ever. Arrays of results then lie there, so keep no more of them than you need.
@@ -73,6 +74,7 @@ class LossClient(LossMethods[LossResult]):
         retries: int | None = None,
         max_message_bytes: int | None = None,
         shared_memory: bool | None = None,
+        bulk: bool | None = None,
     ) -> None:
         settings = ChannelSettings.resolve(
             target,
@@ -85,6 +87,7 @@ class LossClient(LossMethods[LossResult]):
             retries=retries,
             max_message_bytes=max_message_bytes,
             shared_memory=shared_memory,
+            bulk=bulk,
         )
         self._set_up(settings, None)
 

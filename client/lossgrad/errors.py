@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 _PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
 _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
-_QUEUE_REASONS: Final = frozenset(("QUEUE_FULL", "QUEUE_BYTES_FULL"))
+_QUEUE_REASONS: Final = frozenset(("QUEUE_FULL", "QUEUE_BYTES_FULL", "PREDICTED_LATE"))
 _SIZE_REASONS: Final = frozenset(
     (
         "MESSAGE_TOO_LARGE",

@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 # How long the device's running batch may take to end once nobody waits for it any more.
 _WORKER_STOP_SECONDS: Final = 10.0
 
+# How often requests are looked through for late ones.
+_EXPIRY_SECONDS: Final = 0.05
+
 # Memory kept for the next large message is given back once there has been no request for this long.
 _IDLE_SECONDS: Final = 5.0
 
@@ -59,6 +62,7 @@ class Core:
         """`shared_memory` is what the server shares with its callers; None for nothing."""
         self.shared_memory = shared_memory
         self.device_lost = asyncio.Event()
+        self._expiry: asyncio.Task[None] | None = None
         self.is_ready = False
         try:
             worker = engine.create_worker(config.device, config.threads or None, config.engine)
@@ -125,7 +129,15 @@ class Core:
         self.batcher.start()
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.wait_until_warm)
         self.pipeline.is_warm = True
+        self._expiry = asyncio.create_task(self._expire())
         self.set_ready(True)
+
+    async def _expire(self) -> None:
+        """Hand back what is late, so that nobody is answered long after they stopped waiting."""
+        while True:
+            await asyncio.sleep(_EXPIRY_SECONDS)
+            if self.batcher.admitted_requests:
+                self.batcher.expire()
 
     def set_ready(self, is_ready: bool) -> None:
         """Say whether requests are served."""
@@ -134,6 +146,8 @@ class Core:
 
     async def close(self) -> None:
         """Answer what still waits, and stop the worker."""
+        if self._expiry is not None:
+            self._expiry.cancel()
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.close, _WORKER_STOP_SECONDS)
         if self.shared_memory is not None:
             self.shared_memory.close()

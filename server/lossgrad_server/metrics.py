@@ -52,6 +52,7 @@ _OUTCOMES_BY_REASON: Final = {Reason.OUT_OF_DEVICE_MEMORY: "oom", Reason.DEVICE_
 _REJECTIONS: Final = {
     Reason.QUEUE_FULL: "queue_full",
     Reason.QUEUE_BYTES_FULL: "bytes_full",
+    Reason.PREDICTED_LATE: "predicted_late",
     Reason.DRAINING: "draining",
     Reason.WARMING_UP: "warming_up",
     Reason.RESULT_TOO_LARGE: "too_large",

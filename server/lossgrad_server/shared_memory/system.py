@@ -114,6 +114,8 @@ class _View:
 class SystemRegions:
     """The system regions of one server's callers. Implements transport.open_inference.regions.SharedMemoryRegions."""
 
+    kinds: Sequence[str] = ("system",)
+
     def __init__(
         self,
         budget: Budget,

@@ -12,6 +12,7 @@ from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_server.errors import Code, Reason, RequestError
 from lossgrad_server.jobs import DataType
 from lossgrad_server.transport.call import Call, Method, Send
+from lossgrad_server.transport.origin import CallOrigin
 from lossgrad_server.transport.pipeline import Answer, PendingComputeLoss, RequestPipeline, joined
 from lossgrad_server.transport.stream import StreamSession
 
@@ -67,6 +68,7 @@ class LossService:
         metrics = self._pipeline.metrics
         metrics.request_bytes.labels(API).observe(len(request))
         pending = self._pipeline.open(request, 0, None, api=API, deadline=call.deadline, on_answer=on_answer)
+        pending.origin = CallOrigin(call)
         self._pipeline.submit([pending])
         try:
             answer = await answered

@@ -28,6 +28,7 @@ from lossgrad_server.transport.open_inference.planning import InferPlan, RegionP
 from lossgrad_server.transport.open_inference.regions import RegionView, SharedMemoryRegions
 from lossgrad_server.transport.open_inference.statistics import Statistics
 from lossgrad_server.transport.open_inference.typed_contents import elements_of
+from lossgrad_server.transport.origin import CallOrigin
 from lossgrad_server.transport.pipeline import (
     JOIN_IN_THREAD_BYTES,
     Answer,
@@ -74,9 +75,11 @@ class InferRequests:
         except RequestError as error:
             self.pipeline.metrics.failed(None, api, error)
             raise
-        return PendingInfer(
+        pending = PendingInfer(
             self, plan, request_id, operands, views, started_ns=started_ns, call=call, api=api, on_answer=on_answer
         )
+        pending.origin = CallOrigin(call)
+        return pending
 
     def _check(self, data: bytes, started_ns: int) -> tuple[InferPlan, bytes, tuple[Buffer, ...]]:
         try:

@@ -64,6 +64,10 @@ class RegionView(Protocol):
 class SharedMemoryRegions(Protocol):
     """The regions that callers have registered. System and CUDA regions of one owner share one space of names."""
 
+    @property
+    def kinds(self) -> Sequence[str]:
+        """Which kinds can be registered: "system", "cuda"."""
+
     def owner(self, call: Call) -> str:
         """Return who a call's regions belong to. Raises RequestError where this caller may not share memory."""
 
@@ -94,6 +98,8 @@ class SharedMemoryRegions(Protocol):
 
 class NoRegions:
     """The regions of a server that shares no memory: there are none, and none can be registered."""
+
+    kinds: Sequence[str] = ()
 
     def owner(self, call: Call) -> str:
         """Nobody owns anything."""
