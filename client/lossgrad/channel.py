@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import grpc
 import grpc.aio
@@ -42,6 +42,7 @@ class ChannelSettings:
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     bulk: bool = False  # whether its requests go after those of others
     coalesce: bool = True  # whether an AsyncLossClient's concurrent small calls share a stream
+    shared_memory: bool = False  # whether tensors stay in shared memory where the server is on this machine
 
     def __post_init__(self) -> None:
         if not self.timeout > 0:
@@ -74,6 +75,7 @@ class ChannelSettings:
         retries: int | None = None,
         max_message_bytes: int | None = None,
         coalesce: bool | None = None,
+        shared_memory: bool | None = None,
         bulk: bool | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> ChannelSettings:
@@ -110,6 +112,7 @@ class ChannelSettings:
             retries=setting("RETRIES", retries, int, DEFAULT_RETRIES),
             max_message_bytes=setting("MAX_MESSAGE_BYTES", max_message_bytes, int, DEFAULT_MAX_MESSAGE_BYTES),
             coalesce=setting("COALESCE", coalesce, _boolean, True),
+            shared_memory=setting("SHARED_MEMORY", shared_memory, _boolean, False),
             bulk=setting("BULK", bulk, _boolean, False),
         )
 
@@ -172,6 +175,19 @@ class ChannelSettings:
                 }
             ]
         return config
+
+
+class Channel(Protocol):
+    """What a client needs of a channel: grpc.Channel has it, and so has the in-process one of `embedded()`."""
+
+    def unary_unary(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
+        """Return a callable (request, timeout, metadata) -> response."""
+
+    def stream_stream(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
+        """Return a callable (request_iterator, timeout, metadata) -> response iterator."""
+
+    def close(self) -> None:
+        """End everything under way."""
 
 
 def connect(settings: ChannelSettings) -> grpc.Channel:

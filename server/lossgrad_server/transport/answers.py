@@ -5,32 +5,39 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Final
 
-from lossgrad_api.codec import Buffer, ResponseForm, ResultForm, StatsView, TensorForm, encode_stats
+from lossgrad_api.codec import EMPTY, Buffer, ResponseForm, ResultForm, StatsView, TensorForm, encode_stats
 from lossgrad_server.batching.job import Computed
 from lossgrad_server.jobs import unpack_header
-from lossgrad_server.work import SPEC_RESULT
+from lossgrad_server.work import SPEC_RESULT, WorkItem
 
 _NONE: Final = bytes(8)
 _NONFINITE_AT: Final = SPEC_RESULT.size - 8
 
 
 @lru_cache(maxsize=4096)
-def response_form(header: bytes) -> ResponseForm:
-    """Return what writes the answers to requests with the plan that a header holds. Cached: callers repeat themselves."""
+def response_form(header: bytes, is_placed: bool = False) -> ResponseForm:
+    """Return what writes the answers to requests with the plan that a header holds. Cached: callers repeat themselves.
+
+    Tensors that are placed elsewhere have no bytes in the answer.
+    """
     plan = unpack_header(header)
     tensors: list[list[TensorForm]] = [[] for _ in plan.specs]
     for output in plan.outputs:
         tensor = output.tensor
-        tensors[output.spec_index].append(TensorForm(output.role, tensor.data_type, tensor.shape, tensor.byte_count))
+        byte_count = 0 if is_placed else tensor.byte_count
+        tensors[output.spec_index].append(TensorForm(output.role, tensor.data_type, tensor.shape, byte_count))
     return ResponseForm(
         ResultForm(spec.reduction.is_scalar, tuple(found)) for spec, found in zip(plan.specs, tensors, strict=True)
     )
 
 
-def response_parts(header: bytes, computed: Computed, stats: bytes, idempotency_key: str) -> list[Buffer]:
-    """Return the response as parts to join. `header` is its plan's, `stats` from `stats_bytes`."""
+def response_parts(item: WorkItem, computed: Computed, stats: bytes, idempotency_key: str) -> list[Buffer]:
+    """Return the response to an item as parts to join. `stats` is from `stats_bytes`."""
     result = computed.result
-    return response_form(header).parts(stats, result.scalars, result.outputs, idempotency_key)
+    if item.destinations:
+        empty = [EMPTY] * len(result.outputs)
+        return response_form(item.header, True).parts(stats, result.scalars, empty, idempotency_key)
+    return response_form(item.header).parts(stats, result.scalars, result.outputs, idempotency_key)
 
 
 def stats_bytes(computed: Computed, device: str) -> bytes:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, cast
 
 from lossgrad_api.codec import Buffer
@@ -20,6 +21,7 @@ from lossgrad_server.jobs import JobPlan
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.transport.answers import has_nonfinite, response_parts, stats_bytes
 from lossgrad_server.transport.checks import RequestChecker
+from lossgrad_server.transport.shared_tensors import SharedMemoryParts, copy, misplaced
 from lossgrad_server.work import WorkItem
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 JOIN_IN_THREAD_BYTES: Final = 256 * 1024
 
 Answer = Sequence[Buffer] | RequestError
+# How many bytes are to be copied, and what copies them, in any thread; it may raise RequestError.
+Placing = tuple[int, Callable[[], None]]
 
 
 class PendingRequest(Job):
@@ -65,11 +69,27 @@ class PendingRequest(Job):
         """Return the parts of the response message. Raises RequestError."""
         raise NotImplementedError
 
+    def _placing(self, computed: Computed) -> Placing | None:
+        """Return what copies outputs to where they are wanted, before there is an answer; None where nothing does."""
+        return None
+
     def _failed(self) -> None:
         """Take note that the answer is an error."""
 
     def done(self, outcome: Outcome) -> None:
-        """Answer the request. Called once."""
+        """Answer the request, once its outputs are where they are wanted. Called once."""
+        placing = None if isinstance(outcome, RequestError) else self._placing(outcome)
+        if isinstance(outcome, RequestError) or placing is None:
+            self._finish(outcome)
+            return
+        byte_count, place = placing
+        if byte_count <= JOIN_IN_THREAD_BYTES:
+            self._finish(_placed(place, outcome))
+            return
+        copying = asyncio.get_running_loop().run_in_executor(None, _placed, place, outcome)
+        copying.add_done_callback(lambda done: self._finish(done.result()))
+
+    def _finish(self, outcome: Outcome) -> None:
         answer: Answer
         if not isinstance(outcome, RequestError):
             try:
@@ -111,17 +131,38 @@ class PendingComputeLoss(PendingRequest):
         self.tag = tag
         super().__init__(pipeline, plan, item, started_ns=started_ns, api=api, deadline=deadline, on_answer=on_answer)
 
+    def _placing(self, computed: Computed) -> Placing | None:
+        if not self.item.destinations:
+            return None
+        copies = misplaced(self.item, computed.result)
+        return sum(len(output) for output, _ in copies), partial(copy, copies)
+
     def _encode(self, computed: Computed) -> Sequence[Buffer]:
-        return response_parts(self.item.header, computed, self._pipeline.stats_of(computed), self.idempotency_key)
+        return response_parts(self.item, computed, self._pipeline.stats_of(computed), self.idempotency_key)
+
+
+def _placed(place: Callable[[], None], computed: Computed) -> Outcome:
+    """Copy outputs to where they are wanted; return what became of the job."""
+    try:
+        place()
+    except RequestError as error:
+        return error
+    except Exception:
+        logger.exception("Copying outputs failed")
+        return InternalError()
+    return computed
 
 
 class RequestPipeline:
     """Takes requests' bytes, and sees to it that each is answered exactly once."""
 
-    def __init__(self, batcher: Batcher, metrics: Metrics, max_message_bytes: int) -> None:
+    def __init__(
+        self, batcher: Batcher, metrics: Metrics, max_message_bytes: int, memory: SharedMemoryParts | None = None
+    ) -> None:
+        """`memory` is what the server shares with its callers, if it shares any."""
         self.batcher = batcher
         self.metrics = metrics
-        self.checker = RequestChecker(max_message_bytes)
+        self.checker = RequestChecker(max_message_bytes, memory)
         self.is_warm = False  # set once the worker is; requests before that are told to come back
         self.on_done = self._done  # the same object for every request: so the batcher hands them back together
         self._alike: list[_Alike] = []  # answered, and not yet counted
