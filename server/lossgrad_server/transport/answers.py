@@ -8,6 +8,7 @@ from typing import Final
 from lossgrad_api.codec import Buffer, ResponseForm, ResultForm, StatsView, TensorForm, encode_stats
 from lossgrad_server.batching.job import Computed
 from lossgrad_server.jobs import unpack_header
+from lossgrad_server.transport.answer_memory import IS_SUPPORTED, AnswerMemory
 from lossgrad_server.work import SPEC_RESULT
 
 _NONE: Final = bytes(8)
@@ -31,6 +32,22 @@ def response_parts(header: bytes, computed: Computed, stats: bytes, idempotency_
     """Return the response as parts to join. `header` is its plan's, `stats` from `stats_bytes`."""
     result = computed.result
     return response_form(header).parts(stats, result.scalars, result.outputs, idempotency_key)
+
+
+def answer_memory(header: bytes) -> AnswerMemory | None:
+    """Return memory for the worker to write the answer to such a request in; None where it is to be joined."""
+    byte_count = response_form(header).in_place_bytes
+    if not byte_count or not IS_SUPPORTED:
+        return None
+    try:
+        return AnswerMemory(byte_count)
+    except MemoryError:  # the worker may find room, or says what is wrong
+        return None
+
+
+def response_head(header: bytes, computed: Computed, stats: bytes, idempotency_key: str) -> bytes:
+    """Return all of the response but its one tensor's data, for `AnswerMemory.finish`."""
+    return response_form(header).head(stats, computed.result.scalars, idempotency_key)
 
 
 def stats_bytes(computed: Computed, device: str) -> bytes:
