@@ -96,8 +96,18 @@ def encode_stats(stats: StatsView) -> bytes:
 @lru_cache(maxsize=64)
 def _stats_of_batch(stats: tuple[int, int, int, int, int, str]) -> bytes:
     """Return all of a ComputeStats but its first field: equal for all requests of a batch, which come one after another."""
-    numbers = b"".join(scalar_field(number, value) for number, value in enumerate(stats[:5], 2))
-    return numbers + string_field(7, stats[5])
+    pack_ns, compute_ns, unpack_ns, request_count, element_count, device = stats
+    # scalar_field by hand: a request that is computed alone has stats of its own.
+    fields = b"\x10" + signed_varint(pack_ns) if pack_ns else b""
+    if compute_ns:
+        fields += b"\x18" + signed_varint(compute_ns)
+    if unpack_ns:
+        fields += b"\x20" + signed_varint(unpack_ns)
+    if request_count:
+        fields += b"\x28" + signed_varint(request_count)
+    if element_count:
+        fields += b"\x30" + signed_varint(element_count)
+    return fields + string_field(7, device)
 
 
 def counts_fields(element_count: int, weight_sum: float, nonfinite_count: int) -> bytes:

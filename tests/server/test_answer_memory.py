@@ -67,7 +67,7 @@ def test_an_answer_in_place_says_what_a_joined_one_says(
     input, target = generator.standard_normal((2, *shape)).astype(np.float32)
     message = request(input, target, spec)
     message.idempotency_key = key
-    call = connect(server.address).unary_unary(codec.COMPUTE_LOSS)
+    call: Any = connect(server.address).unary_unary(codec.COMPUTE_LOSS)
     in_place = call(message.SerializeToString())
     with monkeypatch.context() as patch:
         patch.setattr(answers, "IS_SUPPORTED", False)
