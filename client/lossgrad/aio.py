@@ -21,6 +21,7 @@ import grpc.aio
 from lossgrad.calls import (
     HEALTH_CHECK,
     HEALTH_REQUEST,
+    JOINED_BYTES,
     Answer,
     Losses,
     as_losses,
@@ -40,6 +41,7 @@ from lossgrad.results import LossResult, ServerInfo
 from lossgrad.task_stream import TaskStream
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
 from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
+from lossgrad_api.raw_bytes import join_without_gil
 
 
 class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
@@ -135,8 +137,14 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
         if connection.coalescer is not None and connection.coalescer.takes(request):
             return await connection.coalescer.compute(request, deadline_seconds(timeout, self._settings.timeout))
         start = time.perf_counter()
-        answer = await self._call(connection.compute, request.message(), timeout)
-        return request.read(answer, time.perf_counter() - start)
+        if request.byte_count < JOINED_BYTES:
+            answer = await self._call(connection.compute, request.message(), timeout)
+            return request.read(answer, time.perf_counter() - start)
+        # Copied by a thread, without the GIL: tens of MiB would hold up the event loop for as many milliseconds.
+        loop = asyncio.get_running_loop()
+        message = await loop.run_in_executor(None, join_without_gil, request.parts)
+        answer = await self._call(connection.compute, message, timeout)
+        return await loop.run_in_executor(None, request.read, answer, time.perf_counter() - start)
 
     def _compute_one(
         self, input: Any, target: Any, loss: Loss, options: dict[str, Any]

@@ -14,6 +14,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
+from lossgrad_api.allocator import keep_large_blocks
 from lossgrad_api.codec import SERVICE
 
 DEFAULT_TARGET: Final = "localhost:50051"
@@ -40,6 +41,9 @@ class ChannelSettings:
     timeout: float = DEFAULT_TIMEOUT_SECONDS
     retries: int = DEFAULT_RETRIES
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    keep_large_blocks: bool = (
+        False  # whether connecting tells the C library to keep large blocks, for the whole process
+    )
     coalesce: bool = True  # whether an AsyncLossClient's concurrent small calls share a stream
 
     def __post_init__(self) -> None:
@@ -107,6 +111,8 @@ class ChannelSettings:
             timeout=setting("TIMEOUT", timeout, float, DEFAULT_TIMEOUT_SECONDS),
             retries=setting("RETRIES", retries, int, DEFAULT_RETRIES),
             max_message_bytes=setting("MAX_MESSAGE_BYTES", max_message_bytes, int, DEFAULT_MAX_MESSAGE_BYTES),
+            # No argument: it is the process's, and no client's.
+            keep_large_blocks=setting("KEEP_LARGE_BLOCKS", None, _boolean, False),
             coalesce=setting("COALESCE", coalesce, _boolean, True),
         )
 
@@ -172,6 +178,7 @@ class ChannelSettings:
 
 def connect(settings: ChannelSettings) -> grpc.Channel:
     """Return a channel. It connects at its first call."""
+    _set_allocator(settings)
     if settings.tls:
         return grpc.secure_channel(settings.target, _credentials(settings), options=settings.options)
     return grpc.insecure_channel(settings.target, options=settings.options)
@@ -179,9 +186,15 @@ def connect(settings: ChannelSettings) -> grpc.Channel:
 
 def connect_aio(settings: ChannelSettings) -> grpc.aio.Channel:
     """Return a channel of the running event loop. It connects at its first call."""
+    _set_allocator(settings)
     if settings.tls:
         return grpc.aio.secure_channel(settings.target, _credentials(settings), options=settings.options)
     return grpc.aio.insecure_channel(settings.target, options=settings.options)
+
+
+def _set_allocator(settings: ChannelSettings) -> None:
+    if settings.keep_large_blocks:
+        keep_large_blocks()
 
 
 def is_local(target: str) -> bool:

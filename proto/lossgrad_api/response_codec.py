@@ -141,6 +141,11 @@ def _result_parts(result: ResultView) -> list[Buffer]:
 
 def encode_stream_response(responses: Iterable[tuple[int, Sequence[Buffer] | status_pb2.Status]]) -> bytes:
     """Return a StreamComputeLossResponse of (tag, parts of `encode_compute_response` or the error)."""
+    return b"".join(stream_response_parts(responses))
+
+
+def stream_response_parts(responses: Iterable[tuple[int, Sequence[Buffer] | status_pb2.Status]]) -> list[Buffer]:
+    """Return what `encode_stream_response` does as parts to join."""
     message: list[Buffer] = []
     for tag, outcome in responses:
         parts: Sequence[Buffer]
@@ -153,7 +158,7 @@ def encode_stream_response(responses: Iterable[tuple[int, Sequence[Buffer] | sta
         head = (b"\x08" + signed_varint(tag) if tag else b"") + field + varint(size)
         message.append(b"\x0a" + varint(len(head) + size) + head)
         message += parts
-    return b"".join(message)
+    return message
 
 
 def decode_compute_response(data: bytes, start: int = 0, end: int | None = None) -> ResponseView:

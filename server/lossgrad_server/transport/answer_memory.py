@@ -4,24 +4,20 @@ An answer's tensor is written by the worker straight into the bytes object that 
 written when it is known. So a large answer is never copied, and needs no thread to be joined in. What room is left is
 filled with ComputeLossResponse.padding.
 
-A bytes object is immutable once others see it; until `finish` gives it away, nobody does. Only CPython has the two
-functions for this; elsewhere, and where memory is short, answers are joined.
+A bytes object is immutable once others see it; until `finish` gives it away, nobody does (lossgrad_api/raw_bytes.py).
 """
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from typing import Any, Final
+from typing import Final
+
+from lossgrad_api.raw_bytes import new_bytes, writable_view
 
 # More than all that stands before a tensor of 16 dimensions, and an idempotency key.
 _ROOM: Final = 768
 _ALIGNMENT: Final = 64  # a cache line: what kernels write fastest
 _PADDING_TAG: Final = 15 << 3 | 2
 _PADDING_HEAD: Final = 3  # its tag, and its length in two bytes
-_WRITABLE: Final = 0x200  # PyBUF_WRITE
-
-IS_SUPPORTED: Final = sys.implementation.name == "cpython"
 
 
 class AnswerMemory:
@@ -32,10 +28,9 @@ class AnswerMemory:
     def __init__(self, byte_count: int) -> None:
         """Allocate an answer whose tensor takes `byte_count` bytes. Raises MemoryError."""
         self._size = _ROOM + _ALIGNMENT + byte_count + _PADDING_HEAD
-        self._message: bytes = _new_bytes(None, self._size)
-        self._address: int = _address_of(self._message)
+        self._message, self._address = new_bytes(self._size)
         self._begin = _ROOM + -(self._address + _ROOM) % _ALIGNMENT
-        self.data: memoryview = _view(self._address + self._begin, byte_count, _WRITABLE)
+        self.data = writable_view(self._address + self._begin, byte_count)
 
     def finish(self, head: bytes) -> bytes | None:
         """Return the message: `head`, which ends with the head of the tensor's data, and those. None if `head` is too long.
@@ -46,7 +41,7 @@ class AnswerMemory:
         if before < _PADDING_HEAD:
             return None
         end = self._begin + len(self.data)
-        message: memoryview = _view(self._address, self._size, _WRITABLE)
+        message = writable_view(self._address, self._size)
         message[: self._begin] = _padding(before) + head
         message[end:] = _padding(self._size - end)
         message.release()
@@ -57,20 +52,3 @@ def _padding(size: int) -> bytes:
     """Return a padding field that takes `size` bytes, tag and length included."""
     length = size - _PADDING_HEAD
     return bytes((_PADDING_TAG, length & 0x7F | 0x80, length >> 7)) + bytes(length)
-
-
-def _functions() -> tuple[Any, Any, Any]:
-    new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
-    new_bytes.restype = ctypes.py_object
-    new_bytes.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t)
-    address_of = ctypes.pythonapi.PyBytes_AsString
-    address_of.restype = ctypes.c_void_p
-    address_of.argtypes = (ctypes.py_object,)
-    view = ctypes.pythonapi.PyMemoryView_FromMemory
-    view.restype = ctypes.py_object
-    view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-    return new_bytes, address_of, view
-
-
-if IS_SUPPORTED:
-    _new_bytes, _address_of, _view = _functions()

@@ -6,9 +6,10 @@ from functools import lru_cache
 from typing import Final
 
 from lossgrad_api.codec import Buffer, ResponseForm, ResultForm, StatsView, TensorForm, encode_stats
+from lossgrad_api.raw_bytes import IS_SUPPORTED
 from lossgrad_server.batching.job import Computed
 from lossgrad_server.jobs import unpack_header
-from lossgrad_server.transport.answer_memory import IS_SUPPORTED, AnswerMemory
+from lossgrad_server.transport.answer_memory import AnswerMemory
 from lossgrad_server.work import SPEC_RESULT
 
 _NONE: Final = bytes(8)

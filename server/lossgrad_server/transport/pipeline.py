@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
 from lossgrad_api.codec import Buffer
+from lossgrad_api.raw_bytes import join_without_gil
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.job import BatchFacts, Computed, Job, Outcome
 from lossgrad_server.errors import InternalError, Reason, RequestError, Unavailable
@@ -278,4 +279,4 @@ async def joined(parts: Sequence[Buffer], api: str, metrics: Metrics) -> bytes:
     metrics.response_bytes.labels(api).observe(size)
     if size <= JOIN_IN_THREAD_BYTES:
         return b"".join(parts)
-    return await asyncio.get_running_loop().run_in_executor(None, b"".join, parts)
+    return await asyncio.get_running_loop().run_in_executor(None, join_without_gil, parts)
