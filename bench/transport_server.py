@@ -26,7 +26,7 @@ class IdleWorker:
 
     device = "cpu"
     slots = 1
-    inline_work = 1 << 16  # as the CPU's worker
+    inline_work = 1 << 18  # as the CPU's worker
     is_lost = False
 
     def is_large(self, plan: JobPlan) -> bool:
