@@ -24,6 +24,7 @@ from lossgrad_server.batching.admission import AdmissionLimits
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.forming import BatchLimits
 from lossgrad_server.config import ConfigError, ServerConfig
+from lossgrad_server.gpu_metrics import GpuCollector, find_gpu, with_plain_decimals
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.security import security
 from lossgrad_server.transport.call import Method
@@ -83,6 +84,10 @@ class Core:
             on_lost=self.device_lost.set,
         )
         self.metrics.watch(self.batcher)
+        uuid = engine.gpu_uuid(worker.device)
+        self.gpu = None if uuid is None else find_gpu(uuid)
+        if self.gpu is not None:
+            self.metrics.registry.register(GpuCollector(self.gpu))
         self.pipeline = RequestPipeline(self.batcher, self.metrics, config.max_message_bytes)
         description = ServiceDescription(
             server_version=__version__,
@@ -229,6 +234,8 @@ class Server:
                 "one, -1 for none"
             ) from None
         self.metrics_port = httpd.server_port
+        if self._core.gpu is not None:
+            httpd.set_app(with_plain_decimals(httpd.get_app()))
 
         def stop() -> None:
             httpd.shutdown()
