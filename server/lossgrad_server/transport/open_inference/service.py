@@ -139,7 +139,7 @@ class OpenInferenceService:
         return messages().ModelReadyResponse(ready=is_ours and self._is_ready())
 
     def _server_metadata(self, request: Any, call: Call) -> Any:
-        extensions = ["model_configuration", "binary_tensor_data", "parameters", "statistics"]
+        extensions = ["model_configuration", "binary_tensor_data", "parameters", "schedule_policy", "statistics"]
         if self._shares_memory:
             extensions += ["system_shared_memory", "cuda_shared_memory"]
         return messages().ServerMetadataResponse(
