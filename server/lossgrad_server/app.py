@@ -24,6 +24,7 @@ from lossgrad_server.batching.admission import AdmissionLimits
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.forming import BatchLimits
 from lossgrad_server.config import ConfigError, ServerConfig
+from lossgrad_server.gpu_metrics import GpuCollector, find_gpu, with_plain_decimals
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.security import security
 from lossgrad_server.transport.call import Method
@@ -98,6 +99,10 @@ class Core:
         )
         if shared_memory is not None:
             self.metrics.watch_memory(shared_memory.state)
+        uuid = engine.gpu_uuid(worker.device)
+        self.gpu = None if uuid is None else find_gpu(uuid)
+        if self.gpu is not None:
+            self.metrics.registry.register(GpuCollector(self.gpu))
         description = ServiceDescription(
             server_version=__version__,
             torch_version=engine.torch_version(),
@@ -249,6 +254,8 @@ class Server:
                 "one, -1 for none"
             ) from None
         self.metrics_port = httpd.server_port
+        if self._core.gpu is not None:
+            httpd.set_app(with_plain_decimals(httpd.get_app()))
 
         def stop() -> None:
             httpd.shutdown()

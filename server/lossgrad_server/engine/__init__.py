@@ -11,11 +11,11 @@ import os
 
 import torch
 
-from lossgrad_server.engine.devices import determinism_of, device_model, resolve_device, torch_version
+from lossgrad_server.engine.devices import determinism_of, device_model, gpu_uuid, resolve_device, torch_version
 from lossgrad_server.engine.torch_worker import TorchWorker
 from lossgrad_server.work import DeviceWorker
 
-__all__ = ["create_worker", "determinism", "resolve_device", "torch_version"]
+__all__ = ["create_worker", "determinism", "gpu_uuid", "resolve_device", "torch_version"]
 
 
 def create_worker(device: str, threads: int | None, kind: str = "fused") -> DeviceWorker:

@@ -41,6 +41,13 @@ def device_model(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
+def gpu_uuid(device: str) -> str | None:
+    """Return the UUID of a GPU ("GPU-..."), by which NVIDIA's tools name it; None for the CPU."""
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(torch.device(device)).uuid}"
+
+
 def torch_version() -> str:
     """Return the version of torch that computes, with its build: "2.13.0+cpu"."""
     return str(torch.__version__)

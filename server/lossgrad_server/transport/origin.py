@@ -18,8 +18,10 @@ _LOOPBACK: Final = ("ipv4:127.", "ipv6:%5B::1%5D", "ipv6:[::1]")
 class CallOrigin:
     """The `Origin` of a call's requests."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, *, is_bulk: bool = False) -> None:
+        """`is_bulk`: these requests can wait, whatever the call says of itself."""
         self._call = call
+        self._is_bulk = is_bulk
 
     @cached_property
     def caller(self) -> str:
@@ -30,4 +32,4 @@ class CallOrigin:
     @cached_property
     def is_bulk(self) -> bool:
         """Whether the call says of itself that its requests can wait."""
-        return self._call.metadata.get(PRIORITY_KEY) == BULK
+        return self._is_bulk or self._call.metadata.get(PRIORITY_KEY) == BULK

@@ -167,3 +167,40 @@ def test_an_answer_over_the_message_limit_is_refused(start_server: StartServer, 
     assert (error.code, error.info.reason) == (RESOURCE_EXHAUSTED, "RESULT_TOO_LARGE")
     assert "98056 bytes, at most 65536" in error.message
     assert infer(stub, infer_request("l1_grad", inputs))["GRAD"].shape == (1, 12_000)
+
+
+# ---- Priorities ----
+
+
+@pytest.mark.parametrize(
+    ("priority", "order"), [(2, ["first", "normal", "patient"]), (0, ["first", "patient", "normal"])]
+)
+def test_requests_of_the_lower_priority_go_after_all_others(
+    start_server: StartServer, connect: Connect, priority: int, order: list[str]
+) -> None:
+    worker = HeldWorker()
+    running = start_server(worker=worker, max_batch_requests=1)
+    stub = stub_on(connect(running.address))
+    worker.hold()
+    done: list[str] = []
+
+    def ask(name: str, **parameters: int) -> Any:
+        call = stub.ModelInfer.future(good(id=name, parameters=parameters))
+        call.add_done_callback(lambda answered: done.append(answered.result().id))
+        return call
+
+    calls = [ask("first")]
+    worker.wait_for_batch()
+    for waiting, (name, parameters) in enumerate((("patient", {"priority": priority}), ("normal", {})), 1):
+        calls.append(ask(name, **parameters))
+        eventually(lambda waiting=waiting: running.batcher.waiting_requests == waiting)  # type: ignore[misc]
+    worker.release()
+    for call in calls:
+        call.result(PATIENCE_SECONDS)
+    eventually(lambda: len(done) == 3)
+    assert done == order
+
+
+def test_a_priority_that_is_no_number_is_refused(triton: Any) -> None:
+    error = refusal(triton, good(parameters={"priority": "high"}))
+    assert error.message == "parameter priority came as string_param; send it as int64_param or uint64_param"

@@ -52,7 +52,8 @@ def test_a_server_that_drains_is_live_and_not_ready(start_server: StartServer, c
 def test_the_servers_metadata_lists_the_extensions_that_are_served(triton: Any) -> None:
     metadata = triton.ServerMetadata(messages.ServerMetadataRequest())
     assert (metadata.name, metadata.version) == ("lossgrad", __version__)
-    assert set(metadata.extensions) == {"model_configuration", "binary_tensor_data", "parameters", "statistics"}
+    extensions = {"model_configuration", "binary_tensor_data", "parameters", "schedule_policy", "statistics"}
+    assert set(metadata.extensions) == extensions
 
 
 # ---- The models ----
@@ -79,6 +80,9 @@ def test_metadata_and_configuration_agree(triton: Any, name: str) -> None:
             assert list(one.shape) == [-1, *other.dims]  # the batch dimension stands in the metadata only
             assert other.data_type == getattr(descriptor_of_types(), f"TYPE_{one.datatype}")
     assert config.WhichOneof("scheduling_choice") == "dynamic_batching"
+    batching = config.dynamic_batching
+    assert (batching.priority_levels, batching.default_priority_level) == (2, 1)
+    assert batching.default_queue_policy.allow_timeout_override
     assert not config.model_transaction_policy.decoupled
     assert not config.HasField("response_cache")
     assert [one.optional for one in config.input] == ([False, False, True, True] if "masked" in name else [False] * 2)

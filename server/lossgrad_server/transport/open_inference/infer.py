@@ -78,7 +78,7 @@ class InferRequests:
         pending = PendingInfer(
             self, plan, request_id, operands, views, started_ns=started_ns, call=call, api=api, on_answer=on_answer
         )
-        pending.origin = CallOrigin(call)
+        pending.origin = CallOrigin(call, is_bulk=plan.is_bulk)
         return pending
 
     def _check(self, data: bytes, started_ns: int) -> tuple[InferPlan, bytes, tuple[Buffer, ...]]:

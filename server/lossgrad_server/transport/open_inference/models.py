@@ -43,6 +43,9 @@ DATA_TYPE_NAMES: Final = {data_type: name for name, data_type in DATA_TYPES.item
 # Those that the protocol knows and no loss is computed of.
 UNUSED_DATA_TYPES: Final = frozenset(("UINT16", "UINT32", "UINT64", "BYTES"))
 
+# Requests of priority 1, the default, go before those of this one.
+BULK_PRIORITY: Final = 2
+
 # What each loss calls the parameter that says where its quadratic part ends.
 LOSS_PARAMETERS: Final = {LossKind.SMOOTH_L1: "beta", LossKind.HUBER: "delta"}
 
@@ -178,7 +181,9 @@ def configuration(model: Model, *, device: str, max_rows: int, max_queued_reques
             "instance_group": [instance],
             # The batcher has no timer, and takes requests of every model and of the native service together.
             "dynamic_batching": {
-                "default_queue_policy": {"allow_timeout_override": True, "max_queue_size": max_queued_requests}
+                "priority_levels": BULK_PRIORITY,
+                "default_priority_level": 1,
+                "default_queue_policy": {"allow_timeout_override": True, "max_queue_size": max_queued_requests},
             },
             # What a request's parameters are where it does not set them.
             "parameters": {name: {"string_value": text} for name, text in texts.items()},

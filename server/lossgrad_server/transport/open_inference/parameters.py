@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn
 
 from lossgrad_server.errors import Code, InvalidRequest, Reason, RequestError
 from lossgrad_server.jobs import Reduction, SpecPlan
-from lossgrad_server.transport.open_inference.models import LOSS_PARAMETERS, Model
+from lossgrad_server.transport.open_inference.models import BULK_PRIORITY, LOSS_PARAMETERS, Model
 
 _REDUCTIONS: Final = {reduction.name.lower(): reduction for reduction in Reduction}
 _INTEGERS: Final = ("int64_param", "uint64_param")
@@ -50,14 +50,8 @@ def loss_spec(model: Model, parameters: Mapping[str, Any]) -> SpecPlan:
 
 
 def timeout_seconds(parameters: Mapping[str, Any]) -> float | None:
-    """Return how long the caller waits, from `timeout` in microseconds; None where it does not say. Raises RequestError.
-
-    `priority` is looked at too: it must be a number, and changes nothing, because every request here is of one priority.
-    """
-    for name in ("timeout", "priority"):
-        if (choice := _choice(parameters, name)) is not None and choice not in _INTEGERS:
-            raise _bad(name, f"parameter {name} came as {choice}; send it as int64_param or uint64_param")
-    microseconds = _value(parameters, "timeout", 0)
+    """Return how long the caller waits, from `timeout` in microseconds; None where it does not say. Raises RequestError."""
+    microseconds = _integer(parameters, "timeout")
     if microseconds < 0:
         raise InvalidRequest(
             f"parameter timeout is {microseconds}; send 0 for none, or how long you will wait in microseconds",
@@ -65,6 +59,14 @@ def timeout_seconds(parameters: Mapping[str, Any]) -> float | None:
             field="parameters.timeout",
         )
     return float(microseconds * 1e-6) if microseconds else None
+
+
+def is_bulk(parameters: Mapping[str, Any]) -> bool:
+    """Return whether `priority` lets all others go first. Raises RequestError.
+
+    Of the two priorities 1 is the higher one and the default, which is what any other number means.
+    """
+    return _integer(parameters, "priority") == BULK_PRIORITY
 
 
 def refuse_classification(output: str, parameters: Mapping[str, Any]) -> None:
@@ -81,6 +83,14 @@ def refuse_classification(output: str, parameters: Mapping[str, Any]) -> None:
 def wants_final_flag(parameters: Mapping[str, Any]) -> bool:
     """Return whether a stream's answer is to say that it is its request's last."""
     return bool(_value(parameters, "triton_enable_empty_final_response", False))
+
+
+def _integer(parameters: Mapping[str, Any], name: str) -> int:
+    """Return a parameter that is a whole number; 0 where it is not there."""
+    choice = _choice(parameters, name)
+    if choice is not None and choice not in _INTEGERS:
+        raise _bad(name, f"parameter {name} came as {choice}; send it as int64_param or uint64_param")
+    return int(_value(parameters, name, 0))
 
 
 def _reduction(parameters: Mapping[str, Any]) -> Reduction:

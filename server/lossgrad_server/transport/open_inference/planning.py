@@ -89,6 +89,7 @@ class InferPlan:
     outputs: tuple[OutputPlan, ...]  # in the order of the answer
     form: ResponseForm
     timeout_seconds: float | None
+    is_bulk: bool
     wants_final_flag: bool
 
     @property
@@ -132,6 +133,7 @@ def make_plan(model: Model, request: Any, raw_count: int, typed: Mapping[int, ob
             [0 if one.place else one.tensor.byte_count for one in outputs],
         ),
         parameters_of.timeout_seconds(request.parameters),
+        parameters_of.is_bulk(request.parameters),
         parameters_of.wants_final_flag(request.parameters),
     )
 

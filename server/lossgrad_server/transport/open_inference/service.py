@@ -138,7 +138,7 @@ class OpenInferenceService:
         return messages().ModelReadyResponse(ready=is_ours and self._is_ready())
 
     def _server_metadata(self, request: Any, call: Call) -> Any:
-        extensions = ["model_configuration", "binary_tensor_data", "parameters", "statistics"]
+        extensions = ["model_configuration", "binary_tensor_data", "parameters", "schedule_policy", "statistics"]
         extensions += [f"{kind}_shared_memory" for kind in self._regions.kinds]
         return messages().ServerMetadataResponse(
             name=NAME, version=self._description.server_version, extensions=extensions
