@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from lossgrad_server.batching.job import Computed
+from lossgrad_server.batching.job import BatchFacts, Computed
 from lossgrad_server.transport.open_inference.models import MODELS
 from lossgrad_server.transport.open_inference.statistics import ModelStatistics
 from lossgrad_server.work import WorkResult
@@ -106,7 +106,7 @@ def test_failures_are_counted_apart_wherever_they_happen(running: RunningServer,
 
 
 def computed(batch_number: int) -> Computed:
-    return Computed(WorkResult(b"", ()), 10, 20, 30, 40, 1, 1, batch_number)
+    return Computed(WorkResult(b"", ()), 10, BatchFacts(20, 30, 40, 1, 1, batch_number))
 
 
 def test_the_sizes_of_batches_that_are_told_apart_are_bounded() -> None:
@@ -128,3 +128,14 @@ def test_statistics_that_are_read_between_two_batches_are_whole() -> None:
             (7, {"count": number, "ns": 20 * number})
         ]
     assert counts.message()["inference_stats"]["queue"] == {"count": 4, "ns": 40}
+
+
+def test_requests_of_one_batch_that_are_answered_apart_are_one_execution() -> None:
+    """Results that are copied into shared memory are answered later than the others of their batch."""
+    counts = ModelStatistics(MODELS["mse"])
+    for number, rows in ((1, 2), (2, 5), (1, 3), (3, 1), (2, 4)):
+        counts.computed(rows, computed(number), 100)
+    message = counts.message()
+    assert message["execution_count"] == 3
+    assert [one["batch_size"] for one in message["batch_stats"]] == [1, 5, 9]
+    assert message["inference_count"] == 15
