@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import importlib.util
 import re
 import sys
 import uuid
@@ -19,9 +20,8 @@ import lossgrad
 from tests.server.serving import RunningServer
 from tests.tools import perf_analyzer
 
-try:
-    import pkg_resources  # noqa: F401
-except ModuleNotFoundError:  # setuptools has it no more; this tritonclient asks it where its own library is
+if importlib.util.find_spec("pkg_resources") is None:
+    # New setuptools have it no more; this tritonclient asks it where its own library is.
     resources: Any = ModuleType("pkg_resources")
     resources.resource_filename = lambda package, name: str(importlib.resources.files(package) / name)
     sys.modules["pkg_resources"] = resources
@@ -31,7 +31,7 @@ triton: Any = tritonclient.grpc  # it has no types
 
 # What perf_analyzer calls its regions: the tensors' names, numbered where they are inputs.
 PREFIXES = "lossgrad,INPUT_,TARGET_,WEIGHT_,MASK_,LOSS,GRAD,COUNT"
-NAMES = {np.float16: "FP16", np.float32: "FP32", np.float64: "FP64"}
+NAMES: dict[Any, str] = {np.float16: "FP16", np.float32: "FP32", np.float64: "FP64"}
 
 
 @pytest.fixture(scope="module")
