@@ -132,7 +132,7 @@ class SegmentPool:
     @property
     def in_use(self) -> int:
         """How many segments requests and arrays lie in."""
-        return len(self._in_use)
+        return len(self._in_use) - len(self.ended)
 
     def take(self, byte_count: int) -> Use | None:
         """Return a use of a segment of at least so many bytes; None where the server has no room for it now.
