@@ -13,11 +13,11 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Final, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from lossgrad_server.batching.forming import Batch
+from lossgrad_server.batching.forming import Batch, ClosedBy
 from lossgrad_server.errors import Code, Reason, RequestError
 from lossgrad_server.histograms import Histogram
 from lossgrad_server.jobs import JobPlan, LossKind
@@ -38,6 +38,8 @@ UNKNOWN: Final = "unknown"  # the loss label of a request that was refused befor
 
 _OUTCOMES: Final = {
     Code.INVALID_ARGUMENT: "invalid",
+    Code.NOT_FOUND: "invalid",
+    Code.ALREADY_EXISTS: "invalid",
     Code.DEADLINE_EXCEEDED: "deadline",
     Code.CANCELLED: "cancelled",
     Code.UNAVAILABLE: "overloaded",
@@ -80,6 +82,10 @@ class QueueState(Protocol):
     @property
     def admitted_bytes(self) -> int:
         """The bytes of all jobs inside."""
+
+    @property
+    def oldest_wait_seconds(self) -> float:
+        """How long the job that has waited longest has waited."""
 
 
 class RequestMetrics:
@@ -177,6 +183,8 @@ class Metrics:
             "lossgrad_accumulation_slices", "Slices of accumulations by outcome.", ("outcome",), registry=registry
         )
         self.slices = {outcome: slices.labels(outcome) for outcome in SliceOutcome}
+        # process_start_time_seconds, process_resident_memory_bytes ... under the names that everybody knows.
+        ProcessCollector(registry=registry)
         self.ready = Gauge("lossgrad_ready", "1 while requests are served, otherwise 0.", registry=registry)
         Gauge("lossgrad_build_info", "What runs here; always 1.", tuple(build_info), registry=registry).labels(
             **build_info
@@ -195,8 +203,11 @@ class Metrics:
         self._batch_requests = self.batch_requests.labels(device)
         self._batch_elements = self.batch_elements.labels(device)
         self._utilization = Utilization()
+        # Series that are there from the start: a rate of what never was is no number, and an alert on it never fires.
         for reason in sorted(set(_REJECTIONS.values())):
             self.rejected.labels(reason)
+        for closed_by in ClosedBy:
+            self.batches.labels(device, closed_by)
         self._request_metrics: dict[tuple[LossKind | None, bool, str], RequestMetrics] = {}
 
     def watch(self, queue: QueueState) -> None:
@@ -287,6 +298,11 @@ class _QueueCollector(Collector):
                 "lossgrad_queue_bytes",
                 "Bytes of those requests and their answers.",
                 self._queue.waiting_bytes,
+            ),
+            (
+                "lossgrad_queue_oldest_seconds",
+                "How long the request that has waited longest has waited; 0 where none waits.",
+                self._queue.oldest_wait_seconds,
             ),
             (
                 "lossgrad_inflight_bytes",

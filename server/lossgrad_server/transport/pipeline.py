@@ -10,15 +10,17 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from lossgrad_api.codec import Buffer
 from lossgrad_server.batching.batcher import Batcher, Outcome
 from lossgrad_server.batching.job import Computed, Job
 from lossgrad_server.errors import InternalError, Reason, RequestError, Unavailable
+from lossgrad_server.jobs import JobPlan
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.transport.answers import response_parts, results
 from lossgrad_server.transport.checks import RequestChecker
+from lossgrad_server.work import WorkItem
 
 logger = logging.getLogger(__name__)
 
@@ -29,27 +31,38 @@ Answer = Sequence[Buffer] | RequestError
 
 
 class PendingRequest:
-    """A request between its check and its answer, which is the parts of a ComputeLossResponse or an error."""
+    """A request between its check and its answer, which is the parts of a response message or an error.
 
-    __slots__ = ("_api", "_on_answer", "_pipeline", "_started_ns", "idempotency_key", "job")
+    What all protocols share is here; what a computed job looks like on the wire is a subclass's `_encode`.
+    """
+
+    __slots__ = ("_api", "_on_answer", "_pipeline", "_started_ns", "job")
 
     def __init__(
         self,
         pipeline: RequestPipeline,
-        data: bytes,
-        start: int,
-        end: int | None,
+        plan: JobPlan,
+        item: WorkItem,
+        *,
+        started_ns: int,
         api: str,
         deadline: float | None,
-        on_answer: Callable[[PendingRequest, Answer], None],
+        on_answer: Callable[[Any, Answer], None],
     ) -> None:
+        """Make a request of what its check established; `started_ns` is when its bytes were there."""
         self._pipeline = pipeline
         self._api = api
         self._on_answer = on_answer
-        self._started_ns = time.perf_counter_ns()
-        plan, item, self.idempotency_key = pipeline.checker.check(data, start, end)
+        self._started_ns = started_ns
         self.job = Job(plan, item, self._done, deadline)
-        pipeline.metrics.stage("decode", time.perf_counter_ns() - self._started_ns)
+        pipeline.metrics.stage("decode", time.perf_counter_ns() - started_ns)
+
+    def _encode(self, computed: Computed) -> Sequence[Buffer]:
+        """Return the parts of the response message. Raises RequestError."""
+        raise NotImplementedError
+
+    def _failed(self) -> None:
+        """Take note that the answer is an error."""
 
     def refuse(self, error: RequestError) -> None:
         """Answer with an error instead of queueing."""
@@ -59,29 +72,57 @@ class PendingRequest:
         answer: Answer
         if not isinstance(outcome, RequestError):
             try:
-                answer = self._encode(job, outcome)
+                answer = self._answer(job, outcome)
+            except RequestError as error:
+                outcome = error
             except Exception:
                 # A bug of ours, such as a worker's outputs that are not the plan's. The caller must learn of it.
                 logger.exception("Making an answer failed")
                 outcome = InternalError()
         if isinstance(outcome, RequestError):
             self._pipeline.metrics.failed(job.plan, self._api, outcome)
+            self._failed()
             answer = outcome
         # The job holds this request through `on_done`, and this request the job: a cycle that would keep every request's
         # bytes until the next full garbage collection.
         job.on_done = _answered
         self._on_answer(self, answer)
 
-    def _encode(self, job: Job, computed: Computed) -> Answer:
+    def _answer(self, job: Job, computed: Computed) -> Answer:
         metrics = self._pipeline.metrics
         encode_ns = time.perf_counter_ns()
-        answer = response_parts(computed, results(job, computed), metrics.device, self.idempotency_key)
+        answer = self._encode(computed)
         now_ns = time.perf_counter_ns()
         metrics.stage("queue", computed.queue_ns)
         metrics.stage("encode", now_ns - encode_ns)
         seconds = (now_ns - self._started_ns) * 1e-9
         metrics.of_request(job.plan, self._api).done(seconds, job.plan.element_count, computed.result)
         return answer
+
+
+class PendingComputeLoss(PendingRequest):
+    """A ComputeLossRequest, answered with the parts of a ComputeLossResponse."""
+
+    __slots__ = ("idempotency_key",)
+
+    def __init__(
+        self,
+        pipeline: RequestPipeline,
+        data: bytes,
+        start: int,
+        end: int | None,
+        *,
+        api: str,
+        deadline: float | None,
+        on_answer: Callable[[PendingComputeLoss, Answer], None],
+    ) -> None:
+        started_ns = time.perf_counter_ns()
+        plan, item, self.idempotency_key = pipeline.checker.check(data, start, end)
+        super().__init__(pipeline, plan, item, started_ns=started_ns, api=api, deadline=deadline, on_answer=on_answer)
+
+    def _encode(self, computed: Computed) -> Sequence[Buffer]:
+        device = self._pipeline.metrics.device
+        return response_parts(computed, results(self.job, computed), device, self.idempotency_key)
 
 
 def _answered(job: Job, outcome: Outcome) -> None:
@@ -108,11 +149,11 @@ class RequestPipeline:
         *,
         api: str,
         deadline: float | None,
-        on_answer: Callable[[PendingRequest, Answer], None],
-    ) -> PendingRequest:
+        on_answer: Callable[[PendingComputeLoss, Answer], None],
+    ) -> PendingComputeLoss:
         """Check the ComputeLossRequest `data[start:end]`. Raises RequestError; then nothing is pending."""
         try:
-            return PendingRequest(self, data, start, end, api, deadline, on_answer)
+            return PendingComputeLoss(self, data, start, end, api=api, deadline=deadline, on_answer=on_answer)
         except RequestError as error:
             self.metrics.failed(None, api, error)
             raise

@@ -13,7 +13,7 @@ from lossgrad_server.errors import RequestError
 from lossgrad_server.jobs import DataType
 from lossgrad_server.transport.accumulate import AccumulationSession
 from lossgrad_server.transport.call import Call, Method, Send
-from lossgrad_server.transport.pipeline import Answer, PendingRequest, RequestPipeline, joined
+from lossgrad_server.transport.pipeline import Answer, PendingComputeLoss, RequestPipeline, joined
 from lossgrad_server.transport.stream import StreamSession
 
 API: Final = "native"
@@ -55,7 +55,7 @@ class LossService:
         """Answer a ComputeLossRequest with a ComputeLossResponse."""
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
-        def on_answer(_: PendingRequest, answer: Answer) -> None:
+        def on_answer(_: PendingComputeLoss, answer: Answer) -> None:
             if not answered.done():
                 answered.set_result(answer)
 
