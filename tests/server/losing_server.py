@@ -1,4 +1,4 @@
-"""lossgrad-server with a CPU that is lost at the first request of LOST_AT elements, as a GPU may be: a program of its own."""
+"""lossgrad-server with a CPU that is lost at the first request of LOST_AT elements, as a GPU may be. Run as a program."""
 
 from __future__ import annotations
 
