@@ -29,7 +29,7 @@ TOTAL = LossTotal(ExactSum([3.0]), ExactSum([2.0]), 2, 0, 1.0, 2.0)
 
 @pytest.fixture(scope="module")
 def stub() -> Iterator[LossServiceStub]:
-    with RunningServer(engine="plain") as running, grpc.insecure_channel(running.address) as channel:
+    with RunningServer() as running, grpc.insecure_channel(running.address) as channel:
         yield stub_on(channel)
 
 
@@ -263,7 +263,7 @@ def test_more_elements_than_were_announced_are_refused_at_once(stub: LossService
 
 
 def test_an_answer_beyond_the_message_limit_is_refused(start_server: StartServer, connect: Connect) -> None:
-    stub = stub_on(connect(start_server(engine="plain", max_message_bytes=1 << 16).address))
+    stub = stub_on(connect(start_server(max_message_bytes=1 << 16).address))
     specs = [pb.LossSpec(mse=pb.MseLoss(), include_gradient=True, reduction=pb.REDUCTION_SUM)] * 3
     large = slice_of(3, np.zeros(7000), np.zeros(7000))
     error = refusal(stub, config(*specs), large)
@@ -276,7 +276,7 @@ def test_an_answer_beyond_the_message_limit_is_refused(start_server: StartServer
 def test_bytes_that_are_no_message_are_refused(
     start_server: StartServer, connect: Connect, stub: LossServiceStub, data: bytes
 ) -> None:
-    channel = connect(start_server(engine="plain").address)
+    channel = connect(start_server().address)
     call: Any = channel.stream_stream(codec.ACCUMULATE_LOSS)
     with pytest.raises(grpc.RpcError) as caught:
         list(call(iter([config(MSE).SerializeToString(), data]), timeout=PATIENCE_SECONDS))
@@ -295,7 +295,7 @@ def test_a_header_beyond_the_bound_is_refused(stub: LossServiceStub) -> None:
 
 
 def test_the_number_of_groups_is_bounded(start_server: StartServer, connect: Connect) -> None:
-    stub = stub_on(connect(start_server(engine="plain", max_groups=2).address))
+    stub = stub_on(connect(start_server(max_groups=2).address))
     assert stub.GetServerInfo(pb.GetServerInfoRequest()).limits.max_groups == 2
     slices = [slice_of(number, [1.0], [2.0], group=group) for number, group in enumerate("abaabc", 1)]
     answers = accumulate(stub, config(MSE), slices)
@@ -316,7 +316,7 @@ def test_the_number_of_groups_is_bounded(start_server: StartServer, connect: Con
 
 def test_as_many_groups_are_taken_as_are_sure_to_fit_a_message(start_server: StartServer, connect: Connect) -> None:
     limit = 1 << 16
-    running = start_server(engine="plain", max_message_bytes=limit)
+    running = start_server(max_message_bytes=limit)
     with grpc.insecure_channel(running.address, options=[("grpc.max_receive_message_length", limit)]) as channel:
         stub = stub_on(channel)
         slices = [slice_of(number, [1.0], [2.0], group="g" * 125 + f"{number:03}") for number in range(1, 60)]

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from lossgrad_api.accumulation import Accumulation
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_api.v1.loss_service_pb2_grpc import LossServiceStub
-from lossgrad_server import engine
 from tests.server.accumulate_calls import MSE, SMOOTH_L1, Stream, accumulate, config, numbers, slice_of
 from tests.server.calling import Connect, stub_on
 from tests.server.serving import PATIENCE_SECONDS, HeldWorker, RunningServer, StartServer, eventually
@@ -30,8 +29,8 @@ WITH_GRADIENT = pb.LossSpec(smooth_l1=pb.SmoothL1Loss(beta=0.5), include_gradien
 def servers() -> Iterator[tuple[LossServiceStub, LossServiceStub]]:
     """Return stubs to two servers."""
     with (
-        RunningServer(engine="plain") as first,
-        RunningServer(engine="plain") as second,
+        RunningServer() as first,
+        RunningServer() as second,
         grpc.insecure_channel(first.address) as to_first,
         grpc.insecure_channel(second.address) as to_second,
     ):
@@ -173,7 +172,7 @@ def test_no_snapshot_comes_before_an_error_where_the_caller_has_the_state_alread
 def test_a_slice_that_the_worker_fails_is_not_counted(
     start_server: StartServer, connect: Connect, expected: bytes
 ) -> None:
-    worker = HeldWorker(engine.create_worker("cpu", 1, "plain"))
+    worker = HeldWorker()
     stub = stub_on(connect(start_server(worker=worker).address))
     stream = Stream(stub, config(SMOOTH_L1, MSE), *SLICES[:3])
     assert [stream.receive().slice.sequence for _ in range(3)] == [10, 20, 30]
@@ -194,7 +193,7 @@ def test_a_slice_that_the_worker_fails_is_not_counted(
 def test_a_drain_lets_the_slice_under_way_finish_and_hands_over_the_state(
     start_server: StartServer, connect: Connect, servers: tuple[LossServiceStub, LossServiceStub], expected: bytes
 ) -> None:
-    worker = HeldWorker(engine.create_worker("cpu", 1, "plain"))
+    worker = HeldWorker()
     running = start_server(worker=worker, drain_delay_seconds=0.0)
     stub = stub_on(connect(running.address))
     stream = Stream(stub, config(SMOOTH_L1, MSE), *SLICES[:2])
@@ -222,7 +221,7 @@ def test_a_drain_lets_the_slice_under_way_finish_and_hands_over_the_state(
 def test_a_drain_ends_streams_that_wait_for_their_caller_and_refuses_new_ones(
     start_server: StartServer, connect: Connect
 ) -> None:
-    running = start_server(engine="plain", drain_delay_seconds=0.0)
+    running = start_server(drain_delay_seconds=0.0)
     stub = stub_on(connect(running.address))
     idle = Stream(stub, config(MSE, snapshot_every_slices=1), SLICES[0])
     assert idle.receive().HasField("slice")

@@ -12,7 +12,6 @@ import pytest
 
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_api.v1.loss_service_pb2_grpc import LossServiceStub
-from lossgrad_server import engine
 from lossgrad_server.errors import RequestError
 from lossgrad_server.transport import accumulate as accumulate_module
 from lossgrad_server.work import BatchResult, WorkResult
@@ -25,13 +24,9 @@ DEADLINE_EXCEEDED, UNAVAILABLE, INTERNAL = 4, 14, 13
 NONE = pb.LossSpec(l1=pb.L1Loss(), reduction=pb.REDUCTION_NONE)
 
 
-def held_worker() -> HeldWorker:
-    return HeldWorker(engine.create_worker("cpu", 1, "plain"))
-
-
 @pytest.fixture(scope="module")
 def running() -> Iterator[RunningServer]:
-    with RunningServer(engine="plain") as running:
+    with RunningServer() as running:
         yield running
 
 
@@ -48,7 +43,7 @@ def gauge(running: RunningServer, name: str, **labels: str) -> float | None:
 
 
 def test_while_a_slice_is_computed_the_next_is_received_and_no_more(start_server: StartServer) -> None:
-    worker = held_worker()
+    worker = HeldWorker()
     running = start_server(worker=worker)
     messages = [config(MSE), *(slice_of(number, [1.0], [2.0]) for number in range(1, 6))]
     taken: list[int] = []
@@ -113,7 +108,7 @@ def test_a_caller_that_does_not_read_is_not_read_from(running: RunningServer) ->
 
 
 def test_a_drain_lets_a_stream_end_whose_caller_has_sent_everything(start_server: StartServer) -> None:
-    worker = held_worker()
+    worker = HeldWorker()
     running = start_server(worker=worker)
 
     async def run() -> Answers:
@@ -145,7 +140,7 @@ def test_a_drain_lets_a_stream_end_whose_caller_has_sent_everything(start_server
 
 
 def test_a_slice_that_finds_the_queue_full_waits(start_server: StartServer, connect: Connect) -> None:
-    worker = held_worker()
+    worker = HeldWorker()
     running = start_server(worker=worker, max_queued_requests=1)
     stub = stub_on(connect(running.address))
     worker.hold()
@@ -166,7 +161,7 @@ def test_a_queue_that_stays_full_ends_the_stream_with_its_state(
     start_server: StartServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accumulate_module, "_QUEUE_PATIENCE_SECONDS", 0.1)
-    worker = held_worker()
+    worker = HeldWorker()
     running = start_server(worker=worker, max_queued_requests=1)
     stub = stub_on(connect(running.address))
     stream = Stream(stub, config(MSE), slice_of(1, [1.0], [3.0]))
@@ -188,7 +183,7 @@ def test_a_queue_that_stays_full_ends_the_stream_with_its_state(
 
 
 def test_a_server_that_warms_up_says_so(start_server: StartServer, connect: Connect) -> None:
-    worker = held_worker()
+    worker = HeldWorker()
     worker.hold_warm_up()
     running = RunningServer(worker=worker, metrics_port=-1).start(wait=False)
     try:
@@ -203,7 +198,7 @@ def test_a_server_that_warms_up_says_so(start_server: StartServer, connect: Conn
 
 
 def test_a_deadline_ends_a_stream(start_server: StartServer, connect: Connect) -> None:
-    worker = held_worker()
+    worker = HeldWorker()
     running = start_server(worker=worker)
     stub = stub_on(connect(running.address))
     worker.hold()
@@ -217,7 +212,7 @@ def test_a_deadline_ends_a_stream(start_server: StartServer, connect: Connect) -
 
 
 def test_a_caller_that_goes_away_leaves_nothing_behind(start_server: StartServer, connect: Connect) -> None:
-    worker = held_worker()
+    worker = HeldWorker()
     running = start_server(worker=worker)
     stub = stub_on(connect(running.address))
     worker.hold()
@@ -245,7 +240,7 @@ class WithoutTotals(HeldWorker):
 def test_a_worker_without_totals_is_a_bug_of_ours_and_not_a_total_of_nothing(
     start_server: StartServer, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    worker = WithoutTotals(engine.create_worker("cpu", 1, "plain"))
+    worker = WithoutTotals()
     running = start_server(worker=worker)
     answers = accumulate(stub_on(connect(running.address)), config(MSE), slice_of(1, [1.0], [3.0]))
     assert (answers.order, answers.total) == ("", None)
@@ -275,7 +270,7 @@ def test_sending_that_fails_ends_the_session(running: RunningServer) -> None:
 
 
 def test_slices_are_counted_by_what_became_of_them(start_server: StartServer, connect: Connect) -> None:
-    running = start_server(engine="plain")
+    running = start_server()
     stub = stub_on(connect(running.address))
     state = accumulate(stub, config(MSE), slice_of(1, [1.0], [2.0])).state
     accumulate(

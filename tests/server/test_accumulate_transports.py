@@ -34,7 +34,7 @@ from tests.server.serving import PATIENCE_SECONDS, RunningServer
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[RunningServer]:
-    with RunningServer(engine="plain") as running:
+    with RunningServer() as running:
         yield running
 
 
@@ -66,7 +66,7 @@ async def test_an_asyncio_client_with_generated_classes(running: RunningServer) 
 def test_the_embedded_server_gives_the_same_bytes(stub: LossServiceStub) -> None:
     slices = [slice_of(number, np.arange(5.0) / number, np.zeros(5), group=f"{number % 2}") for number in range(1, 6)]
     expected = accumulate(stub, config(MSE, SUM, snapshot_every_slices=2), slices)
-    embedded = EmbeddedServer(device="cpu", engine="plain")
+    embedded = EmbeddedServer(device="cpu")
     embedded.start()
     try:
         call = embedded.channel().stream_stream(
