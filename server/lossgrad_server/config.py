@@ -110,6 +110,25 @@ class ServerConfig:
         True,
         "Serve the Open Inference Protocol too, on the same port and from the same batches, for Triton's clients and tools.",
     )
+    tls_cert: str = _setting(
+        "",
+        "PEM file of the server's certificate with its chain; with --tls-key this turns TLS on. Read again when it changes.",
+    )
+    tls_key: str = _setting("", "PEM file of the certificate's private key, without a password.")
+    tls_client_ca: str = _setting(
+        "",
+        "PEM file of authorities: callers must then show a certificate of one of them (mutual TLS).",
+    )
+    token_file: str = _setting(
+        "",
+        "File of bearer tokens, one to a line: callers must then send one of them. Read again when it changes. Health "
+        "checks need none.",
+    )
+    insecure: bool = _setting(
+        False,
+        "Serve without TLS on an address that others can reach. Without it that is refused, because tensors and tokens "
+        "would travel in plaintext.",
+    )
     reflection: bool = _setting(
         False, "Serve gRPC reflection, for tools such as grpcurl. Off, because it is of no use to clients."
     )

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from datetime import datetime
 from enum import StrEnum
 from typing import Final, Protocol
 
@@ -21,7 +22,7 @@ from lossgrad_server.batching.forming import Batch, ClosedBy
 from lossgrad_server.errors import Code, Reason, RequestError
 from lossgrad_server.histograms import Histogram
 from lossgrad_server.jobs import JobPlan, LossKind
-from lossgrad_server.work import SPEC_RESULT, BatchResult, WorkResult
+from lossgrad_server.work import BatchResult
 
 # From 10 microseconds: the usual buckets start at 5 ms, where every request of ours would be in the first.
 SECONDS: Final = (
@@ -45,12 +46,14 @@ _OUTCOMES: Final = {
     Code.UNAVAILABLE: "overloaded",
     Code.RESOURCE_EXHAUSTED: "too_large",
     Code.UNIMPLEMENTED: "invalid",
+    Code.UNAUTHENTICATED: "unauthenticated",
     Code.INTERNAL: "internal",
 }
 _OUTCOMES_BY_REASON: Final = {Reason.OUT_OF_DEVICE_MEMORY: "oom", Reason.DEVICE_FAILED: "device"}
 _REJECTIONS: Final = {
     Reason.QUEUE_FULL: "queue_full",
     Reason.QUEUE_BYTES_FULL: "bytes_full",
+    Reason.PREDICTED_LATE: "predicted_late",
     Reason.DRAINING: "draining",
     Reason.WARMING_UP: "warming_up",
     Reason.RESULT_TOO_LARGE: "too_large",
@@ -88,6 +91,14 @@ class QueueState(Protocol):
         """How long the job that has waited longest has waited."""
 
 
+class CertificateState(Protocol):
+    """What the gauge of the certificate reads."""
+
+    @property
+    def expires(self) -> datetime:
+        """When the certificate in use expires."""
+
+
 class RequestMetrics:
     """The bound series of one combination of loss, mode and api: what a request touches."""
 
@@ -99,15 +110,16 @@ class RequestMetrics:
         self._elements = metrics.elements.labels(loss, mode, metrics.device)
         self._nonfinite = metrics.nonfinite_results.labels(loss)
 
-    def done(self, seconds: float, element_count: int, result: WorkResult) -> None:
-        """Count a request that was answered with numbers, `seconds` after it came."""
-        self._ok.inc()
-        self._duration.observe(seconds)
-        self._elements.inc(element_count)
-        for _, _, _, nonfinite_count in SPEC_RESULT.iter_unpack(result.scalars):
-            if nonfinite_count:
-                self._nonfinite.inc()
-                break
+    def done(self, seconds: float, element_count: int, times: int, nonfinite_results: int) -> None:
+        """Count requests that were answered with numbers, `seconds` after they came: `times` of `element_count` each.
+
+        `nonfinite_results` of them had a NaN or an infinity among their elements' losses.
+        """
+        self._ok.inc(times)
+        self._duration.observe(seconds, times)
+        self._elements.inc(element_count * times)
+        if nonfinite_results:
+            self._nonfinite.inc(nonfinite_results)
 
 
 class Metrics:
@@ -214,6 +226,15 @@ class Metrics:
         """Export the queue's state, read anew at every scrape."""
         self.registry.register(_QueueCollector(queue, self._utilization, self.device))
 
+    def watch_certificates(self, certificates: CertificateState) -> None:
+        """Export until when the certificate is valid, read anew at every scrape."""
+        gauge = Gauge(
+            "lossgrad_tls_certificate_expiry_timestamp_seconds",
+            "When the certificate in use expires, in seconds since 1970.",
+            registry=self.registry,
+        )
+        gauge.set_function(lambda: certificates.expires.timestamp())  # noqa: PLW0108 - another date after a reload
+
     def of_request(self, plan: JobPlan, api: str) -> RequestMetrics:
         """Return the series that a request with this plan touches."""
         key = (plan.kind, plan.includes_gradient, api)
@@ -222,9 +243,9 @@ class Metrics:
             bound = self._request_metrics[key] = RequestMetrics(self, *labels(plan), api)
         return bound
 
-    def stage(self, stage: str, nanoseconds: int) -> None:
-        """Note the time that one request spent in a stage of the event loop's thread: decode, queue, encode."""
-        self._stages[stage].observe(nanoseconds * 1e-9)
+    def stage(self, stage: str, nanoseconds: float, times: int = 1) -> None:
+        """Note the time that each of some requests spent in a stage of the event loop's thread: decode, queue, encode."""
+        self._stages[stage].observe(nanoseconds * 1e-9, times)
 
     def failed(self, plan: JobPlan | None, api: str, error: RequestError) -> None:
         """Count a request that was answered with an error."""

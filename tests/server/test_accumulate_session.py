@@ -246,7 +246,7 @@ def test_a_worker_without_totals_is_a_bug_of_ours_and_not_a_total_of_nothing(
     assert (answers.order, answers.total) == ("", None)
     assert answers.failure is not None
     assert (answers.failure.code, answers.failure.info.reason) == (INTERNAL, "INTERNAL")
-    assert "Counting slice 1 failed" in caplog.text
+    assert "Making an answer failed" in caplog.text
 
 
 def test_sending_that_fails_ends_the_session(running: RunningServer) -> None:

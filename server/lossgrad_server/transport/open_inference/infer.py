@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from lossgrad_api.wire import Buffer, CodecError, HeaderTooLarge
-from lossgrad_server.batching.batcher import Outcome
-from lossgrad_server.batching.job import Computed, Job
+from lossgrad_server.batching.job import Computed, Outcome
 from lossgrad_server.errors import Cancelled, InvalidRequest, Reason, RequestError
 from lossgrad_server.transport.call import Call
 from lossgrad_server.transport.open_inference.codec import (
@@ -29,6 +28,7 @@ from lossgrad_server.transport.open_inference.planning import InferPlan, RegionP
 from lossgrad_server.transport.open_inference.regions import RegionView, SharedMemoryRegions
 from lossgrad_server.transport.open_inference.statistics import Statistics
 from lossgrad_server.transport.open_inference.typed_contents import elements_of
+from lossgrad_server.transport.origin import CallOrigin
 from lossgrad_server.transport.pipeline import Answer, PendingRequest, RequestPipeline
 from lossgrad_server.work import SPEC_RESULT, WorkItem
 
@@ -69,9 +69,11 @@ class InferRequests:
         except RequestError as error:
             self.pipeline.metrics.failed(None, api, error)
             raise
-        return PendingInfer(
+        pending = PendingInfer(
             self, plan, request_id, operands, views, started_ns=started_ns, call=call, api=api, on_answer=on_answer
         )
+        pending.origin = CallOrigin(call)
+        return pending
 
     def _check(self, data: bytes, started_ns: int) -> tuple[InferPlan, bytes, tuple[Buffer, ...]]:
         try:
@@ -183,7 +185,7 @@ class Views:
 class PendingInfer(PendingRequest):
     """A ModelInferRequest, answered with the parts of a ModelInferResponse."""
 
-    __slots__ = ("_row_counts", "_statistics", "_views", "plan", "request_id")
+    __slots__ = ("_row_counts", "_statistics", "_views", "infer_plan", "request_id")
 
     def __init__(
         self,
@@ -198,7 +200,7 @@ class PendingInfer(PendingRequest):
         api: str,
         on_answer: Callable[[PendingInfer, Answer], None],
     ) -> None:
-        self.plan = plan
+        self.infer_plan = plan
         self.request_id = request_id
         self._statistics = requests.statistics.of(plan.model)
         self._views = views
@@ -218,21 +220,22 @@ class PendingInfer(PendingRequest):
 
     async def prepare(self) -> None:
         """Do what must be done before the request is queued. Nothing is pending where this is cancelled."""
-        if not self.plan.counts_rows:
+        if not self.infer_plan.counts_rows:
             return
-        mask = self.job.item.operands[-1]
+        mask = self.item.operands[-1]
         try:
             if len(mask) <= _COUNT_IN_THREAD_BYTES:
-                self._row_counts = count_rows(mask, self.plan.row_count)
+                self._row_counts = count_rows(mask, self.infer_plan.row_count)
             else:
                 loop = asyncio.get_running_loop()
-                self._row_counts = await loop.run_in_executor(None, count_rows, mask, self.plan.row_count)
+                self._row_counts = await loop.run_in_executor(None, count_rows, mask, self.infer_plan.row_count)
         except asyncio.CancelledError:
-            self.refuse(Cancelled("the caller cancelled this request before it was queued"))
+            self.done(Cancelled("the caller cancelled this request before it was queued"))
             raise
 
-    def _done(self, job: Job, outcome: Outcome) -> None:
-        super()._done(job, outcome)
+    def done(self, outcome: Outcome) -> None:
+        """Answer the request, and let go of the memory that it was to be computed from or into."""
+        super().done(outcome)
         if self._views is not None:
             self._views.release_quietly()  # of a request that failed: otherwise `_encode` has done it
 
@@ -243,7 +246,7 @@ class PendingInfer(PendingRequest):
         tensors = computed.result.outputs
         scalar, element_count, _, _ = SPEC_RESULT.unpack_from(computed.result.scalars)
         raw: list[Buffer] = []
-        for index, output in enumerate(self.plan.outputs):
+        for index, output in enumerate(self.infer_plan.outputs):
             data: Buffer
             if output.job_output is not None:
                 data = tensors[output.job_output]
@@ -260,18 +263,18 @@ class PendingInfer(PendingRequest):
             raw.append(b"")
         if self._views is not None:
             self._views.release()
-        parts = self.plan.form.parts(self.request_id, raw)
-        self._statistics.computed(self.plan.row_count, computed, time.perf_counter_ns() - self._started_ns)
+        parts = self.infer_plan.form.parts(self.request_id, raw)
+        self._statistics.computed(self.infer_plan.row_count, computed, time.perf_counter_ns() - self._started_ns)
         return parts
 
     def _counts(self, element_count: int) -> bytes:
         """Return COUNT: of all elements, or of each row's."""
-        job = self.plan.job
+        job = self.infer_plan.job
         if not job.specs[0].reduction.is_per_sample:
             return struct.pack("<q", element_count)
         if job.mask is not None:
             return self._row_counts
-        rows = self.plan.row_count
+        rows = self.infer_plan.row_count
         return struct.pack("<q", job.element_count // rows) * rows if rows else b""
 
 

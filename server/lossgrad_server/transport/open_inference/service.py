@@ -109,7 +109,7 @@ class OpenInferenceService:
         try:
             answer = await answered
         except asyncio.CancelledError:
-            request.job.cancelled = True
+            request.cancelled = True
             raise
         if isinstance(answer, RequestError):
             answer.request_id = request.request_id.decode()

@@ -77,11 +77,12 @@ class ModelStatistics:
         self._inference_count += rows
         self._success.add(elapsed_ns)
         self._queue.add(computed.queue_ns)
-        durations = (computed.pack_ns, computed.compute_ns, computed.unpack_ns)
+        batch = computed.batch
+        durations = (batch.pack_ns, batch.compute_ns, batch.unpack_ns)
         self._requests.add(*durations)
-        if self._batch_number != computed.batch_number:
+        if self._batch_number != batch.number:
             self._end_batch()
-            self._batch_number = computed.batch_number
+            self._batch_number = batch.number
             self._batch_ns = durations
             self._execution_count += 1
         self._batch_rows += rows

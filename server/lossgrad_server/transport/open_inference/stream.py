@@ -64,7 +64,7 @@ class InferStream:
         finally:
             for turn in self._turns:
                 if turn.request is not None:
-                    turn.request.job.cancelled = True
+                    turn.request.cancelled = True
 
     async def _take(self, message: bytes, call: Call) -> None:
         turn = _Turn()
@@ -72,7 +72,7 @@ class InferStream:
 
         def on_answer(request: PendingInfer, answer: Answer) -> None:
             turn.request = None
-            self._answer(turn, request.plan.model.name, request.request_id.decode(), request, answer)
+            self._answer(turn, request.infer_plan.model.name, request.request_id.decode(), request, answer)
 
         try:
             request = self._requests.open(message, call, api=API, on_answer=on_answer)
@@ -80,7 +80,7 @@ class InferStream:
             self._answer(turn, "", error.request_id, None, error)
             return
         turn.request = request
-        turn.byte_count = request.job.byte_count
+        turn.byte_count = request.byte_count
         self._inside_bytes += turn.byte_count
         await request.prepare()
         self._requests.pipeline.submit([request])
@@ -89,7 +89,7 @@ class InferStream:
         if isinstance(answer, RequestError):
             turn.parts = [stream_error(answer.message, model, request_id)]
         else:
-            is_flagged = request is not None and request.plan.wants_final_flag
+            is_flagged = request is not None and request.infer_plan.wants_final_flag
             turn.parts = stream_response_parts([*answer, FINAL_FLAG] if is_flagged else answer)
         if turn is self._turns[0]:
             self._is_answered.set()
