@@ -112,6 +112,7 @@ class Core:
             max_queued_requests=config.max_queued_requests,
             max_queued_bytes=config.max_queued_bytes,
             max_stream_requests=config.max_stream_requests,
+            max_groups=config.max_groups,
         )
         offer = (lambda _: None) if shared_memory is None else shared_memory.offer
         self.methods: list[Method] = LossService(self.pipeline, description, offer).methods()
@@ -270,6 +271,7 @@ class Server:
         self._core.set_ready(False)
         await self._health.set_ready(False)
         await asyncio.sleep(self.config.drain_delay_seconds)
+        self._core.pipeline.drain()
         await self._grpc.stop(self.config.drain_grace_seconds)
         await self.stop()
 

@@ -54,7 +54,7 @@ class Pieces:
     def result(self) -> WorkResult:
         """Return the answer, and give back the memory that computing it took."""
         self._arena.close_job(self._job)
-        return WorkResult(self._job.scalars, self._outputs.parts)
+        return self._program.result(self._job.scalars, self._outputs.parts)
 
     def _pieces(self) -> Iterator[tuple[Walk, int, int]]:
         for walk, unit_count in self._program.walks:

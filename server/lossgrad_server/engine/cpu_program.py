@@ -33,7 +33,7 @@ from lossgrad_server.engine.cpu_layout import (
     Walk,
 )
 from lossgrad_server.jobs import DataType, JobPlan, Reduction, Role, SpecPlan, TensorPlan, unpack_header
-from lossgrad_server.work import SPEC_RESULT
+from lossgrad_server.work import SPEC_RESULT, SPEC_TOTAL, Buffer, WorkResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,9 @@ class Program:
     code: bytes
     spec_count: int
     operand_count: int
-    # Its SPEC_RESULT records'.
+    # Its SPEC_RESULT records', and those of the SPEC_TOTAL records behind them.
     result_bytes: int
+    total_bytes: int
     # Where each output begins and ends in the memory that holds them all, and that memory's length, in bytes.
     output_spans: tuple[tuple[int, int], ...]
     output_bytes: int
@@ -54,6 +55,12 @@ class Program:
     work: int
     # What there is to do, and how many units it has.
     walks: tuple[tuple[Walk, int], ...]
+
+    def result(self, records: bytes, outputs: tuple[Buffer, ...]) -> WorkResult:
+        """Return the job's result, from its records and its outputs."""
+        if self.total_bytes:
+            return WorkResult(records[: -self.total_bytes], outputs, records[-self.total_bytes :])
+        return WorkResult(records, outputs)
 
 
 @lru_cache(maxsize=4096)
@@ -72,7 +79,7 @@ def program_of(header: bytes) -> Program:
     specs = _specs(plan)
     job["is_weighted"] = specs["is_full"].any()
     job["streams"] = np.isin(specs["loop"], STREAMED_LOOPS).any()
-    job["is_narrow"] = not (job["is_float64"] or specs["is_full"].any() or _summed(plan))
+    job["is_narrow"] = not (job["is_float64"] or specs["is_full"].any() or _summed(plan) or plan.wants_totals)
     tables = specs.tobytes() + outputs.tobytes()
     if _are_together(plan):
         records = _together(specs)
@@ -89,11 +96,14 @@ def program_of(header: bytes) -> Program:
     _set_units(job, plan, sums)
     job["program_bytes"] = JOB.itemsize + len(tables)
     job["output_bytes"] = offset
+    total_bytes = SPEC_TOTAL.size * len(plan.specs) if plan.wants_totals else 0
+    job["result_bytes"] = SPEC_RESULT.size * len(plan.specs) + total_bytes
     return Program(
         code=job.tobytes() + tables,
         spec_count=len(plan.specs),
         operand_count=len(plan.operands),
-        result_bytes=SPEC_RESULT.size * len(plan.specs),
+        result_bytes=int(job["result_bytes"]),
+        total_bytes=total_bytes,
         output_spans=tuple(spans),
         output_bytes=offset,
         element_count=plan.element_count,
@@ -180,7 +190,11 @@ def _set_units(job: Any, plan: JobPlan, sums: dict[int, Any]) -> None:
     job["row_planes"] = job["flat_planes"] + flat * (2 + 2 * len(plan.specs))
     job["row_divisors"] = job["row_planes"] + rows * (1 + 2 * len(plan.specs))
     job["running_sums"] = job["row_divisors"] + (row_count if job["divides_rows"] else 0)
-    job["state_words"] = job["running_sums"] + (RUNNING_WORDS * len(plan.specs) if sums else 0)
+    end = job["running_sums"] + (RUNNING_WORDS * len(plan.specs) if sums else 0)
+    if plan.wants_totals:
+        job["extreme_planes"] = end
+        end += 2 * flat * len(plan.specs)
+    job["state_words"] = end
 
 
 def _specs(plan: JobPlan) -> Any:
@@ -279,9 +293,9 @@ def _loop(
 def _is_pair(plan: JobPlan) -> bool:
     """Return whether the loops read the operands themselves: two tensors of a type with nothing between them, one spec.
 
-    Or several that are computed together.
+    Or several that are computed together. Totals need differences in scratch memory.
     """
-    if plan.input != plan.target or plan.result_type == DataType.FLOAT64 or _has_weights(plan):
+    if plan.wants_totals or plan.input != plan.target or plan.result_type == DataType.FLOAT64 or _has_weights(plan):
         return False
     if _are_together(plan):
         return plan.input.data_type == DataType.FLOAT32
@@ -298,6 +312,7 @@ def _are_together(plan: JobPlan) -> bool:
     first, *others = plan.specs
     return (
         bool(others)
+        and not plan.wants_totals
         and plan.result_type != DataType.FLOAT64
         and not _has_weights(plan)
         and all(spec.reduction.is_per_sample == first.reduction.is_per_sample for spec in others)

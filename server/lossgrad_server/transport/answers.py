@@ -10,7 +10,7 @@ from lossgrad_api.raw_bytes import IS_SUPPORTED
 from lossgrad_server.batching.job import Computed
 from lossgrad_server.jobs import unpack_header
 from lossgrad_server.transport.answer_memory import AnswerMemory
-from lossgrad_server.work import SPEC_RESULT
+from lossgrad_server.work import SPEC_RESULT, WorkResult
 
 _NONE: Final = bytes(8)
 _NONFINITE_AT: Final = SPEC_RESULT.size - 8
@@ -59,6 +59,11 @@ def answer_memory(header: bytes) -> AnswerMemory | None:
 def response_head(header: bytes, computed: Computed, stats: bytes, idempotency_key: str) -> bytes:
     """Return all of the response but its one tensor's data, for `AnswerMemory.finish`."""
     return response_form(header).head(stats, computed.result.scalars, idempotency_key)
+
+
+def result_fields(header: bytes, result: WorkResult) -> list[Buffer]:
+    """Return the results alone, each as the field numbered 2 of what holds them, as parts to join."""
+    return response_form(header).parts(b"", result.scalars, result.outputs)
 
 
 def stats_bytes(computed: Computed, device: str) -> bytes:

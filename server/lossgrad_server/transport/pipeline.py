@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, cast
 
@@ -187,6 +188,8 @@ class RequestPipeline:
         self.metrics = metrics
         self.checker = RequestChecker(max_message_bytes, memory)
         self.is_warm = False  # set once the worker is; requests before that are told to come back
+        self._on_drain: set[Callable[[RequestError], None]] = set()
+        self._is_draining = False
         self.on_done = self._done  # the same object for every request: so the batcher hands them back together
         self._alike: list[_Alike] = []  # answered, and not yet counted
         self._is_answering = False
@@ -237,13 +240,35 @@ class RequestPipeline:
                 cast(PendingRequest, job).done(error)
             return
         for request in requests:
-            request.done(
-                Unavailable(
-                    "this server is warming up; try again in a moment",
-                    reason=Reason.WARMING_UP,
-                    retry_after_seconds=0.5,
-                )
-            )
+            request.done(_warming_up())
+
+    def offer(self, request: PendingRequest) -> RequestError | None:
+        """Queue an opened request. Return why it is refused, if it is: it may be offered again, or be told so by `done`."""
+        if not self.is_warm:
+            return _warming_up()
+        for _, error in self.batcher.submit([request]):
+            return error
+        return None
+
+    @contextmanager
+    def draining(self, on_drain: Callable[[RequestError], None]) -> Iterator[None]:
+        """Call `on_drain` when the server goes down while the block runs: for calls that would not end by themselves.
+
+        It is given the error to end with. Raises that where the server goes down already.
+        """
+        if self._is_draining:
+            raise _going_down()
+        self._on_drain.add(on_drain)
+        try:
+            yield
+        finally:
+            self._on_drain.discard(on_drain)
+
+    def drain(self) -> None:
+        """End the calls that would not end by themselves, and refuse new ones."""
+        self._is_draining = True
+        for on_drain in list(self._on_drain):
+            on_drain(_going_down())
 
     def stats_of(self, computed: Computed) -> bytes:
         """Return the ComputeStats of an answer, encoded."""
@@ -311,6 +336,20 @@ class _Alike:
             and computed.queue_ns == self.queue_ns
             and request.api == self.api
         )
+
+
+def _going_down() -> Unavailable:
+    return Unavailable(
+        "this server is shutting down; go on from the last state, on another one if there is one",
+        reason=Reason.DRAINING,
+        retry_after_seconds=0.0,
+    )
+
+
+def _warming_up() -> Unavailable:
+    return Unavailable(
+        "this server is warming up; try again in a moment", reason=Reason.WARMING_UP, retry_after_seconds=0.5
+    )
 
 
 async def joined(parts: Sequence[Buffer], api: str, metrics: Metrics) -> bytes:
