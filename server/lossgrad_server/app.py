@@ -13,7 +13,7 @@ import platform
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc.aio
 import prometheus_client
@@ -35,6 +35,9 @@ from lossgrad_server.transport.open_inference.service import OpenInferenceDescri
 from lossgrad_server.transport.pipeline import RequestPipeline
 from lossgrad_server.transport.service import LossService, ServiceDescription
 
+if TYPE_CHECKING:
+    from lossgrad_server.shared_memory.sharing import SharedMemory
+
 logger = logging.getLogger(__name__)
 
 # How long the device's running batch may take to end once nobody waits for it any more.
@@ -54,7 +57,11 @@ class DeviceLost(Exception):
 class Core:
     """What every server has, whatever transport is on top: the worker, the batcher, the metrics, the handlers."""
 
-    def __init__(self, config: ServerConfig, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, config: ServerConfig, loop: asyncio.AbstractEventLoop, shared_memory: SharedMemory | None = None
+    ) -> None:
+        """`shared_memory` is what the server shares with its callers; None for nothing."""
+        self.shared_memory = shared_memory
         self.device_lost = asyncio.Event()
         self._expiry: asyncio.Task[None] | None = None
         self.is_ready = False
@@ -88,7 +95,14 @@ class Core:
         self.gpu = None if uuid is None else find_gpu(uuid)
         if self.gpu is not None:
             self.metrics.registry.register(GpuCollector(self.gpu))
-        self.pipeline = RequestPipeline(self.batcher, self.metrics, config.max_message_bytes)
+        self.pipeline = RequestPipeline(
+            self.batcher,
+            self.metrics,
+            config.max_message_bytes,
+            None if shared_memory is None else shared_memory.segments,
+        )
+        if shared_memory is not None:
+            self.metrics.watch_memory(shared_memory.state)
         description = ServiceDescription(
             server_version=__version__,
             torch_version=engine.torch_version(),
@@ -99,7 +113,8 @@ class Core:
             max_queued_bytes=config.max_queued_bytes,
             max_stream_requests=config.max_stream_requests,
         )
-        self.methods: list[Method] = LossService(self.pipeline, description).methods()
+        offer = (lambda _: None) if shared_memory is None else shared_memory.offer
+        self.methods: list[Method] = LossService(self.pipeline, description, offer).methods()
         if config.open_inference:
             self.methods += OpenInferenceService(
                 self.pipeline,
@@ -111,6 +126,7 @@ class Core:
                     max_stream_requests=config.max_stream_requests,
                 ),
                 is_ready=lambda: self.is_ready,
+                regions=None if shared_memory is None else shared_memory.system_regions,
             ).methods()
 
     async def warm_up(self) -> None:
@@ -138,6 +154,8 @@ class Core:
         if self._expiry is not None:
             self._expiry.cancel()
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.close, _WORKER_STOP_SECONDS)
+        if self.shared_memory is not None:
+            self.shared_memory.close()
 
 
 class Server:
@@ -148,7 +166,7 @@ class Server:
         self.port = 0
         self.metrics_port: int | None = None
         self._security = security(config)  # before the device: a bad setting must be told at once
-        self._core = Core(config, asyncio.get_running_loop())
+        self._core = Core(config, asyncio.get_running_loop(), _shared_memory(config))
         self._health = Health()
         self._grpc = create_server(
             self._core.methods,
@@ -188,6 +206,8 @@ class Server:
             ) from None
         if self.config.metrics_port >= 0:
             self._start_metrics()
+        if self._core.shared_memory is not None:
+            self._core.shared_memory.start(self.config.address, self.port)
         await self._health.set_alive()
         await self._grpc.start()
         try:
@@ -355,6 +375,17 @@ class EmbeddedServer:
     def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+
+
+def _shared_memory(config: ServerConfig) -> SharedMemory | None:
+    if not config.allow_shared_memory:
+        return None
+    from lossgrad_server.shared_memory.sharing import (
+        SharedMemory,
+    )  # needs more of the system than the rest of the server
+
+    logger.warning("Sharing memory with callers on this machine: see docs/shared-memory.md for what that trusts")
+    return SharedMemory(config.max_shared_memory_bytes, config.region_prefixes)
 
 
 def _poster(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]:

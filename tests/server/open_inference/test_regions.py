@@ -31,6 +31,8 @@ PREFIX = "/inference.GRPCInferenceService/"
 class Part:
     """A part of a region of a test, which counts what becomes of it."""
 
+    is_direct = True
+
     def __init__(self, regions: Regions, memory: memoryview) -> None:
         self._regions = regions
         self.memory = memory
@@ -48,6 +50,8 @@ class Part:
 
 class Regions:
     """Regions that are bytearrays of the test."""
+
+    kinds = ("system", "cuda")
 
     def __init__(self, **regions: bytearray) -> None:
         self.regions = regions
