@@ -91,6 +91,10 @@ class Core:
             on_lost=self.device_lost.set,
         )
         self.metrics.watch(self.batcher)
+        uuid = engine.gpu_uuid(worker.device)
+        self.gpu = None if uuid is None else find_gpu(uuid)
+        if self.gpu is not None:
+            self.metrics.registry.register(GpuCollector(self.gpu))
         self.pipeline = RequestPipeline(
             self.batcher,
             self.metrics,
@@ -99,10 +103,6 @@ class Core:
         )
         if shared_memory is not None:
             self.metrics.watch_memory(shared_memory.state)
-        uuid = engine.gpu_uuid(worker.device)
-        self.gpu = None if uuid is None else find_gpu(uuid)
-        if self.gpu is not None:
-            self.metrics.registry.register(GpuCollector(self.gpu))
         description = ServiceDescription(
             server_version=__version__,
             torch_version=engine.torch_version(),

@@ -107,6 +107,18 @@ def test_mixed_shapes_from_a_file(running: RunningServer, tmp_path: Path, argume
     assert (one.inference_stats.fail.count, one.inference_stats.success.count >= 200) == (0, True)
 
 
+@pytest.mark.parametrize("arguments", [("-b", "1"), ("-b", "8", "--concurrency-range", "8")], ids=["one", "many"])
+def test_tensors_in_shared_memory(start_server: StartServer, arguments: tuple[str, ...]) -> None:
+    """It makes regions of its own names for every input and output, and takes them back at the end."""
+    running = start_server(allow_shared_memory=True, shared_memory_prefixes="INPUT,TARGET,LOSS,COUNT,GRAD")
+    analyze(running, "smooth_l1_grad", "--shared-memory", "system", *arguments, *SHAPES)
+    one = statistics(running, "smooth_l1_grad")
+    assert (one.inference_stats.fail.count, one.inference_stats.success.count >= 200) == (0, True)
+    client = triton.InferenceServerClient(running.address)
+    assert client.get_system_shared_memory_status(as_json=True) == {}
+    client.close()
+
+
 def test_wrong_shapes_are_an_error_that_it_shows(running: RunningServer) -> None:
     """The runs above would fail if the server refused what they send."""
     unequal = ["--shape", "INPUT:4", "--shape", "TARGET:5"]
