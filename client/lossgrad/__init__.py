@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Overloaded,
         RequestTooLarge,
         ServerError,
+        TLSError,
         Unauthenticated,
         Unavailable,
     )
@@ -55,6 +56,7 @@ _MODULES: Final = {
             "Overloaded",
             "RequestTooLarge",
             "ServerError",
+            "TLSError",
             "Unauthenticated",
             "Unavailable",
         ),
@@ -83,6 +85,7 @@ __all__ = [
     "ServerInfo",
     "ServerLimits",
     "SmoothL1",
+    "TLSError",
     "Timing",
     "Unauthenticated",
     "Unavailable",

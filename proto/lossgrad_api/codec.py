@@ -33,11 +33,12 @@ from lossgrad_api.response_codec import (
     stream_response_parts,
 )
 from lossgrad_api.response_form import ResponseForm, ResultForm, TensorForm
-from lossgrad_api.wire import Buffer, CodecError, HeaderTooLarge, WireTensor
+from lossgrad_api.wire import EMPTY, Buffer, CodecError, HeaderTooLarge, WireTensor
 
 __all__ = [
     "ACCUMULATE_LOSS",
     "COMPUTE_LOSS",
+    "EMPTY",
     "GET_SERVER_INFO",
     "MAX_HEADER_BYTES",
     "SERVICE",

@@ -37,9 +37,11 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str, ensure_ascii=False)
 
 
-def configure(level: str, style: str, stream: TextIO = sys.stderr) -> None:
-    """Send the log to a stream. `style` is one of FORMATS; "auto" is text on a terminal and JSON elsewhere."""
+def configure(level: str, style: str, stream: TextIO = sys.stderr, logger: logging.Logger | None = None) -> None:
+    """Send a logger (the root) to a stream. `style` is one of FORMATS; "auto" is text on a terminal and JSON elsewhere."""
     is_text = style == "text" or (style == "auto" and stream.isatty())
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter(_TEXT) if is_text else JsonFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    configured = logger or logging.getLogger()
+    configured.handlers[:] = [handler]
+    configured.setLevel(level.upper())

@@ -9,7 +9,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from datetime import datetime
 from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
@@ -45,12 +46,14 @@ _OUTCOMES: Final = {
     Code.UNAVAILABLE: "overloaded",
     Code.RESOURCE_EXHAUSTED: "too_large",
     Code.UNIMPLEMENTED: "invalid",
+    Code.UNAUTHENTICATED: "unauthenticated",
     Code.INTERNAL: "internal",
 }
 _OUTCOMES_BY_REASON: Final = {Reason.OUT_OF_DEVICE_MEMORY: "oom", Reason.DEVICE_FAILED: "device"}
 _REJECTIONS: Final = {
     Reason.QUEUE_FULL: "queue_full",
     Reason.QUEUE_BYTES_FULL: "bytes_full",
+    Reason.PREDICTED_LATE: "predicted_late",
     Reason.DRAINING: "draining",
     Reason.WARMING_UP: "warming_up",
     Reason.RESULT_TOO_LARGE: "too_large",
@@ -78,6 +81,14 @@ class QueueState(Protocol):
     @property
     def oldest_wait_seconds(self) -> float:
         """How long the job that has waited longest has waited."""
+
+
+class CertificateState(Protocol):
+    """What the gauge of the certificate reads."""
+
+    @property
+    def expires(self) -> datetime:
+        """When the certificate in use expires."""
 
 
 class RequestMetrics:
@@ -202,6 +213,19 @@ class Metrics:
         """Export the queue's state, read anew at every scrape."""
         self.registry.register(_QueueCollector(queue, self._utilization, self.device))
 
+    def watch_memory(self, state: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
+        """Export what is shared with callers, read anew at every scrape: (kind, regions, bytes) of each kind."""
+        self.registry.register(_SharedMemoryCollector(state))
+
+    def watch_certificates(self, certificates: CertificateState) -> None:
+        """Export until when the certificate is valid, read anew at every scrape."""
+        gauge = Gauge(
+            "lossgrad_tls_certificate_expiry_timestamp_seconds",
+            "When the certificate in use expires, in seconds since 1970.",
+            registry=self.registry,
+        )
+        gauge.set_function(lambda: certificates.expires.timestamp())  # noqa: PLW0108 - another date after a reload
+
     def of_request(self, plan: JobPlan, api: str) -> RequestMetrics:
         """Return the series that a request with this plan touches."""
         key = (plan.kind, plan.includes_gradient, api)
@@ -309,3 +333,16 @@ class _QueueCollector(Collector):
             family.add_metric((self._device,), value)
             families.append(family)
         return families
+
+
+class _SharedMemoryCollector(Collector):
+    def __init__(self, state: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
+        self._state = state
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        regions = GaugeMetricFamily("lossgrad_shm_regions", "Regions of shared memory.", labels=("kind",))
+        sizes = GaugeMetricFamily("lossgrad_shm_bytes", "Bytes of shared memory.", labels=("kind",))
+        for kind, count, byte_count in self._state():
+            regions.add_metric((kind,), count)
+            sizes.add_metric((kind,), byte_count)
+        return [regions, sizes]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 from datetime import datetime
 
 import pytest
@@ -20,19 +19,10 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture(autouse=True)
-def root_as_it_was() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-
-
 def written(style: str, stream: io.StringIO) -> list[str]:
     """Return the lines of a log with a message, one with a field, one below the level, and a failure."""
-    logs.configure("info", style, stream)
-    logger = logging.getLogger("lossgrad_server.test")
+    logger = logging.Logger("lossgrad_server.test")  # noqa: LOG001 - one that no other test has
+    logs.configure("info", style, stream, logger)
     logger.info("Ready on %s", "unix:/run/lossgrad.sock")
     logger.warning("Refused «%s»", "a\nb", extra={"request_id": "r-1"})
     logger.debug("not written")

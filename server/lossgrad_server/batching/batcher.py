@@ -20,17 +20,28 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from lossgrad_server.batching.admission import Admission, AdmissionLimits
-from lossgrad_server.batching.forming import Batch, BatchLimits, ClosedBy
+from lossgrad_server.batching.forming import Batch, BatchLimits, ClosedBy, InOrder, form_batch
 from lossgrad_server.batching.job import BatchFacts, Computed, Job, Outcome
+from lossgrad_server.batching.outcomes import failure_of, hand_back
+from lossgrad_server.batching.schedule import Schedule
 from lossgrad_server.batching.waiting import WaitingJobs
-from lossgrad_server.errors import Code, InternalError, Reason, RequestError, TooLarge, Unavailable
-from lossgrad_server.work import BatchResult, DeviceWorker, FailureKind, Pending, WorkFailure
+from lossgrad_server.errors import DeadlinePassed, InternalError, Reason, RequestError, Unavailable
+from lossgrad_server.work import BatchResult, DeviceWorker, Pending, WorkFailure
 
 logger = logging.getLogger(__name__)
+
+# How long after its deadline a job that is being computed is given up for its caller. Most are done in that time.
+LATE_SECONDS: Final = 0.1
+
+_LATE: Final = (
+    "this request's deadline passed while the device was computing it; allow more time, or send fewer or smaller requests "
+    "at a time"
+)
 
 
 class BatchObserver(Protocol):
@@ -76,7 +87,11 @@ class Batcher:
         self._lock = threading.Lock()
         # Held by whoever uses the worker: its thread, except while that sleeps, or a submitter that computes inline.
         self._device = threading.Lock()
-        self._waiting = WaitingJobs(batch_limits)
+        self._schedule = Schedule()
+        self._batch_limits = batch_limits
+        self._waiting = WaitingJobs(batch_limits, self._schedule)
+        self._begun: list[_Run] = []  # by the worker's thread, which may be inside the worker with the last
+        self._is_any_late = False
         self._on_lost = on_lost
         self._is_lost = False
         # Rung only when the worker's thread sleeps: a put and a wake-up cost 40 us, a look at a flag nothing.
@@ -140,6 +155,8 @@ class Batcher:
         refused: list[tuple[Job, RequestError]] = []
         now_ns = time.perf_counter_ns()
         with self._lock:
+            may_be_inline = self._is_asleep and not self._waiting
+            admitted: deque[Job] = deque()
             for job in jobs:
                 try:
                     if self._is_stopping:
@@ -148,13 +165,19 @@ class Batcher:
                             reason=Reason.DRAINING,
                             retry_after_seconds=0.0,
                         )
+                    is_large = self._worker.is_large(job.plan)
+                    if job.deadline is not None and not may_be_inline:
+                        self._refuse_if_late(job, job.deadline, is_large)
                     self._admission.admit(job)
                 except RequestError as error:
                     refused.append((job, error))
                 else:
                     job.queued_ns = now_ns
-                    self._waiting.add(job, is_large=self._worker.is_large(job.plan))
-            inline = self._take_inline(jobs)
+                    may_be_inline = may_be_inline and not is_large
+                    admitted.append(job)
+            inline = self._take_inline(admitted) if may_be_inline else None
+            for job in admitted:  # what is left
+                self._waiting.add(job, is_large=self._worker.is_large(job.plan))
             must_ring = inline is None and self._is_asleep and len(self._waiting) > 0
             if must_ring:
                 self._is_asleep = False
@@ -164,20 +187,46 @@ class Batcher:
             self._run_inline(inline)
         return refused
 
-    def _take_inline(self, jobs: Sequence[Job]) -> Batch | None:
-        """Take what waits, if the device is free and it is little: computing it at once is then the shortest way."""
-        if not self._is_asleep or not self._worker.inline_work:
+    def _refuse_if_late(self, job: Job, deadline: float, is_large: bool) -> None:
+        """Refuse a job that would only be dropped when its turn comes: its caller can try elsewhere at once."""
+        left = deadline - time.monotonic()
+        seconds = self._waiting.seconds_until_done(job, is_large=is_large)
+        if seconds > left > 0:
+            self._admission.refuse(
+                Reason.PREDICTED_LATE,
+                f"this request's deadline is {left * 1e3:.0f} ms away, and with what waits before it its answer would take "
+                f"about {seconds * 1e3:.0f} ms; allow more time, or try again when less is waiting",
+            )
+
+    def _take_inline(self, jobs: deque[Job]) -> Batch | None:
+        """Take jobs from the left, if the device is free and they are little: computing them at once is the shortest way."""
+        if not jobs or sum([job.plan.work for job in jobs]) > self._worker.inline_work:
             return None
-        if sum([job.plan.work for job in jobs]) > self._worker.inline_work:
+        if not self._device.acquire(blocking=False):
             return None
-        if len(self._waiting) > len(jobs) or not self._device.acquire(blocking=False):
-            return None
-        batch = self._waiting.take_small()
-        if batch is None:
-            self._device.release()
-        elif batch.closed_by is ClosedBy.IDLE:
+        batch = form_batch(InOrder(jobs), self._batch_limits, self._schedule.small)
+        if batch.closed_by is ClosedBy.IDLE:
             batch.closed_by = ClosedBy.INLINE
         return batch
+
+    def expire(self) -> None:
+        """Hand back what is late: waiting jobs whose deadline has passed, and running ones that passed it a while ago.
+
+        To be called every now and then, by the thread that outcomes are posted to, so that nobody is answered much later
+        than they wait, however long the device takes.
+        """
+        now = time.monotonic()
+        with self._lock:
+            overdue = self._waiting.take_overdue(now)
+            late: list[tuple[Job, Outcome]] = []
+            for run in list(self._begun):
+                for job in run.batch.jobs:
+                    if job.deadline is not None and now > job.deadline + LATE_SECONDS and not job.is_answered:
+                        job.is_answered = self._is_any_late = True
+                        late.append((job, DeadlinePassed(_LATE)))
+        if overdue:
+            self._deliver([*overdue])
+        hand_back(late)
 
     def _run_inline(self, batch: Batch) -> None:
         try:
@@ -186,8 +235,7 @@ class Batcher:
                 outcomes += self._compute(_Run(batch, time.perf_counter_ns(), is_large=False))
         finally:
             self._device.release()
-        self._release(outcomes)
-        _hand_back(outcomes)
+        hand_back(self._release(outcomes))
         with self._lock:
             must_ring = self._is_asleep and len(self._waiting) > 0
             if must_ring:
@@ -276,6 +324,8 @@ class Batcher:
         if not batch.jobs:
             return
         run = _Run(batch, time.perf_counter_ns(), is_large)
+        self._schedule.begin(batch.work, is_large=is_large)
+        self._begun.append(run)
         try:
             run.pending = self._worker.submit([job.item for job in batch.jobs])
         except Exception as error:
@@ -302,7 +352,9 @@ class Batcher:
             self._finish(under_way.pop(0))
 
     def _finish(self, run: _Run) -> None:
-        self._deliver(self._result(run))
+        outcomes = self._result(run)
+        self._begun.remove(run)
+        self._deliver(outcomes)
 
     def _result(self, run: _Run) -> list[tuple[Job, Outcome]]:
         try:
@@ -310,13 +362,16 @@ class Batcher:
             outcomes = self._outcomes(run, result)
         except Exception as error:
             return self._failed(run, error)
-        self._observer.batch_done(run.batch, result, time.perf_counter_ns() - run.started_ns)
+        busy_ns = time.perf_counter_ns() - run.started_ns
+        self._schedule.done(run.batch.work, busy_ns * 1e-9, is_large=run.is_large)
+        self._observer.batch_done(run.batch, result, busy_ns)
         if self._worker.is_lost and not self._is_lost:
             self._is_lost = True
             self._post(self._on_lost)
         return outcomes
 
     def _fail(self, run: _Run, error: Exception) -> None:
+        self._begun.remove(run)
         self._deliver(self._failed(run, error))
 
     def _failed(self, run: _Run, error: Exception) -> list[tuple[Job, Outcome]]:
@@ -332,7 +387,7 @@ class Batcher:
         return [
             (
                 job,
-                _failure(outcome)
+                failure_of(outcome)
                 if isinstance(outcome, WorkFailure)
                 else Computed(outcome, job.picked_ns - job.queued_ns, facts),
             )
@@ -341,35 +396,14 @@ class Batcher:
 
     def _deliver(self, outcomes: list[tuple[Job, Outcome]]) -> None:
         if outcomes:
-            self._release(outcomes)
-            self._post(lambda: _hand_back(outcomes))
+            unanswered = self._release(outcomes)
+            self._post(lambda: hand_back(unanswered))
 
-    def _release(self, outcomes: list[tuple[Job, Outcome]]) -> None:
+    def _release(self, outcomes: list[tuple[Job, Outcome]]) -> list[tuple[Job, Outcome]]:
+        """Count jobs out; return those that `expire` has not answered meanwhile."""
         with self._lock:
             for job, _ in outcomes:
                 self._admission.release(job)
-
-
-def _hand_back(outcomes: list[tuple[Job, Outcome]]) -> None:
-    """Give jobs back to those that they came from; as many at a time as have the same `on_done`."""
-    start = 0
-    while start < len(outcomes):
-        on_done = outcomes[start][0].on_done
-        end = start + 1
-        while end < len(outcomes) and outcomes[end][0].on_done is on_done:
-            end += 1
-        try:
-            on_done(outcomes[start:end])
-        except Exception:  # one receiver's trouble must not cost the others their answers
-            logger.exception("Handing back jobs failed")
-        start = end
-
-
-def _failure(failure: WorkFailure) -> RequestError:
-    if failure.kind == FailureKind.OUT_OF_MEMORY:
-        return TooLarge(failure.message, reason=Reason.OUT_OF_DEVICE_MEMORY)
-    if failure.kind == FailureKind.DEVICE_LOST:
-        return RequestError(
-            failure.message, code=Code.UNAVAILABLE, reason=Reason.DEVICE_FAILED, retry_after_seconds=1.0
-        )
-    return InternalError()
+            if self._is_any_late:
+                outcomes = [(job, outcome) for job, outcome in outcomes if not job.is_answered]
+        return outcomes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from lossgrad_server.errors import RequestError
 from lossgrad_server.jobs import JobPlan
@@ -32,6 +32,28 @@ class Computed(NamedTuple):
 Outcome = Computed | RequestError
 
 
+class Origin(Protocol):
+    """Whom a job is for. Looked at only where the job has to wait."""
+
+    @property
+    def caller(self) -> str:
+        """A name; the jobs of different callers take turns."""
+
+    @property
+    def is_bulk(self) -> bool:
+        """Whether the job goes after all that is not bulk."""
+
+
+class KnownOrigin(NamedTuple):
+    """An Origin that is known from the start."""
+
+    caller: str = ""
+    is_bulk: bool = False
+
+
+ANYONE: Origin = KnownOrigin()
+
+
 class Job:
     """A checked request on its way through the queue.
 
@@ -41,7 +63,9 @@ class Job:
     job. `byte_count` are the bytes of tensor data that the job holds, those of its answer included.
     """
 
-    __slots__ = ("byte_count", "cancelled", "deadline", "item", "on_done", "picked_ns", "plan", "queued_ns")
+    __slots__ = (
+        "byte_count", "cancelled", "deadline", "is_answered", "item", "on_done", "origin", "picked_ns", "plan", "queued_ns",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -56,5 +80,7 @@ class Job:
         self.deadline = deadline  # on time.monotonic's clock, in seconds
         self.byte_count = plan.byte_count
         self.cancelled = False
+        self.origin = ANYONE
+        self.is_answered = False  # the batcher's: it was handed back late, while it was still being computed
         self.queued_ns = 0  # both on time.perf_counter_ns's clock
         self.picked_ns = 0

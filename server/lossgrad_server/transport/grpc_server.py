@@ -16,6 +16,7 @@ from lossgrad_server.errors import InternalError, Reason, RequestError, TooLarge
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.transport.call import Method
 from lossgrad_server.transport.status import pushback, to_status
+from lossgrad_server.transport.tokens import TokenGuard, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +27,17 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
 def create_server(
-    methods: Sequence[Method], metrics: Metrics, *, max_message_bytes: int, max_connection_age_seconds: float = 0.0
+    methods: Sequence[Method],
+    metrics: Metrics,
+    *,
+    max_message_bytes: int,
+    max_connection_age_seconds: float = 0.0,
+    tokens: Tokens | None = None,
 ) -> grpc.aio.Server:
-    """Return a server, not yet started, that serves `methods`."""
-    server = grpc.aio.server(options=server_options(max_message_bytes, max_connection_age_seconds))
+    """Return a server, not yet started, that serves `methods`. With `tokens`, calls need one of them."""
+    options = server_options(max_message_bytes, max_connection_age_seconds)
+    guards = [TokenGuard(tokens, on_refused=lambda error: metrics.failed(None, "native", error))] if tokens else []
+    server = grpc.aio.server(options=options, interceptors=guards)
     by_service: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {}
     for method in methods:
         _, service, name = method.name.split("/")

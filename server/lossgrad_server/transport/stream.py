@@ -17,9 +17,11 @@ from google.rpc import status_pb2
 
 from lossgrad_api import codec
 from lossgrad_api.raw_bytes import join_without_gil
+from lossgrad_server.batching.job import ANYONE, Origin
 from lossgrad_server.errors import InvalidRequest, Reason, RequestError
 from lossgrad_server.transport.call import Call, Send
 from lossgrad_server.transport.checks import malformed
+from lossgrad_server.transport.origin import CallOrigin
 from lossgrad_server.transport.pipeline import JOIN_IN_THREAD_BYTES, Answer, PendingComputeLoss, RequestPipeline
 from lossgrad_server.transport.status import to_status
 
@@ -51,9 +53,11 @@ class StreamSession:
         self._has_answers = asyncio.Event()
         self._has_room = asyncio.Event()
         self._is_read_out = False
+        self._origin: Origin = ANYONE
 
     async def run(self, messages: AsyncIterator[bytes], call: Call) -> None:
         """Serve the call to its end."""
+        self._origin = CallOrigin(call)
         try:
             async with asyncio.TaskGroup() as tasks:  # where reading or writing fails, the other must not wait for it
                 tasks.create_task(self._write())
@@ -94,6 +98,7 @@ class StreamSession:
             except RequestError as error:
                 self._put(tag, to_status(error, error.request_id), 0)
             else:
+                request.origin = self._origin
                 self._inside_bytes += request.byte_count
                 opened.append(request)
             if time.monotonic() - turn_started > TURN_SECONDS:
