@@ -1,4 +1,4 @@
-"""lossgrad-server with a CPU that is lost at the first request of LOST_AT elements, as a GPU may be: a program of its own."""
+"""lossgrad-server with a CPU that is lost at the first request of LOST_AT elements, as a GPU may be. Run as a program."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LosingWorker(CpuWorker):
         return Done(BatchResult([failed] * len(items), 0, 0, 0))
 
 
-def create_worker(device: str, threads: int | None, kind: str) -> DeviceWorker:
+def create_worker(device: str, threads: int | None, kind: str = "fused") -> DeviceWorker:
     return LosingWorker()
 
 
