@@ -14,13 +14,13 @@ from numba import int64, uint64
 
 from lossgrad_server.engine.cpu_intrinsics import array_at, bits_of_float64, float64_of_bits
 from lossgrad_server.engine.cpu_native import inlined, native
-from lossgrad_server.engine.cpu_sums import two_sum
+from lossgrad_server.engine.cpu_sums import divided, two_sum
 
 # The words of a sum, behind two that are always 0, so that there are always two below the highest one that is not.
 _FIRST = 2
 _WORDS = _FIRST + 67
-# The bytes that an exact sum takes while it is computed.
-EXACT_SUM_BYTES = 8 * _WORDS
+# The bytes that an exact sum takes while it is computed, the two numbers of `nearest_sum` behind it.
+EXACT_SUM_BYTES = 8 * (_WORDS + 2)
 _WORD = 0xFFFFFFFF
 _INFINITE_EXPONENT = 0x7FF
 
@@ -144,8 +144,23 @@ def nearest_sum(address: Any, count: Any, words: Any) -> Any:
     # Nearly always two numbers hold the sum. NaN, as after an infinity or an overflow, is not 0.
     if inexact == 0.0:
         return two_sum(total, lost)
-    nearest = array_at(words + EXACT_SUM_BYTES, 2, np.float64)
+    found = words + 8 * _WORDS
+    nearest = array_at(found, 2, np.float64)
     nearest[0] = 0.0
     nearest[1] = 0.0
-    exact_sum(address, count, words, words + EXACT_SUM_BYTES, 2)
+    exact_sum(address, count, words, found, 2)
     return nearest[0], nearest[1]
+
+
+@inlined
+def quotient(total: Any, rest: Any, divisor: Any) -> Any:
+    """Return a sum, with what its rounding left, over a divisor, rounded about once. NaN is always the same one."""
+    result = divided(total, rest, divisor)
+    return np.nan if np.isnan(result) else result
+
+
+@native("float64(int64, int64, float64, int64)")
+def exact_quotient(values: int, count: int, divisor: float, words: int) -> float:
+    """Return the exact sum of float64 values over a divisor; `values` and `words` as for `exact_sum`."""
+    total, rest = nearest_sum(values, count, words)
+    return quotient(total, rest, divisor)

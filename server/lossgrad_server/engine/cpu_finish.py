@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lossgrad_server.engine.cpu_exact import exact_sum, nearest_sum
+from lossgrad_server.engine.cpu_exact import exact_sum, nearest_sum, quotient
 from lossgrad_server.engine.cpu_intrinsics import array_at, fused_multiply_add
 from lossgrad_server.engine.cpu_layout import (
     CHUNK,
@@ -22,7 +22,7 @@ from lossgrad_server.engine.cpu_layout import (
     WEIGHT,
 )
 from lossgrad_server.engine.cpu_native import inlined, native
-from lossgrad_server.engine.cpu_passes import quotient, row_loss, store
+from lossgrad_server.engine.cpu_passes import row_loss, store
 from lossgrad_server.engine.cpu_tables import (
     frame_at,
     job_of,

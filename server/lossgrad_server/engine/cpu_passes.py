@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lossgrad_server.engine.cpu_blocks import run_loop
+from lossgrad_server.engine.cpu_exact import quotient
 from lossgrad_server.engine.cpu_extremes import add_extremes, add_special_extremes, clear_extremes, store_extremes
 from lossgrad_server.engine.cpu_floats import store_run
 from lossgrad_server.engine.cpu_intrinsics import array_at
@@ -278,13 +279,6 @@ def row_loss(frame: Any, job: Any, spec: Any, index: Any, row: Any, total: Any, 
     if spec.divides_rows:
         divisor = state_of(frame, job.row_divisors + row, 1)[0]
     return quotient(total, rest, divisor)
-
-
-@inlined
-def quotient(total: Any, rest: Any, divisor: Any) -> Any:
-    """Return a sum, with what its rounding left, over a divisor, rounded about once. NaN is always the same one."""
-    result = divided(total, rest, divisor)
-    return np.nan if np.isnan(result) else result
 
 
 @native("int64(int64, int64, int64, int64)")

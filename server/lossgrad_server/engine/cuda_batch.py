@@ -16,14 +16,17 @@ from torch import Tensor
 from lossgrad_server.engine.cuda_device import Device, Lane, Marker
 from lossgrad_server.engine.cuda_launch import compute
 from lossgrad_server.engine.cuda_layout import ByteArray, Layout
-from lossgrad_server.engine.cuda_template import SUMS, Region, Template
-from lossgrad_server.work import SPEC_RESULT, Buffer, WorkItem, WorkResult
+from lossgrad_server.engine.cuda_results import result_of
+from lossgrad_server.engine.cuda_template import Region, Template
+from lossgrad_server.engine.host_sums import HostSums
+from lossgrad_server.work import WorkItem, WorkResult
 
 
 class Slot:
     """What one batch has to itself while it is under way: staging memory on the host, an arena on the device."""
 
     def __init__(self, device: Device, byte_count: int) -> None:
+        self.sums = HostSums()
         self.inbound = device.pinned(byte_count)
         self.outbound = device.pinned(byte_count)
         self.arena = device.empty(byte_count)
@@ -76,8 +79,8 @@ class SmallBatch:
 
     def results(self) -> list[WorkResult]:
         """Return the answers, in memory of their own."""
-        received = _array(self._slot.outbound)[: self._layout.download.byte_count].data
-        return [_result(self._layout, job, received, copy=True) for job in range(len(self._items))]
+        received = _array(self._slot.outbound)[: self._layout.download.byte_count]
+        return [result_of(self._layout, job, received, self._slot.sums, copy=True) for job in range(len(self._items))]
 
 
 class LargeRequest:
@@ -111,7 +114,7 @@ class LargeRequest:
 
     def results(self) -> list[WorkResult]:
         """Return the answer."""
-        return [_result(self._layout, 0, self._received.data, copy=False)]
+        return [result_of(self._layout, 0, self._received, self._slot.sums, copy=False)]
 
     def _run(self) -> Iterator[bool]:
         device, layout, arena = self._device, self._layout, self._arena
@@ -194,31 +197,6 @@ def _copy(device: Device, lane: Lane, target: Tensor, source: Tensor) -> None:
 
 def _follow(device: Device, first: Lane, second: Lane) -> None:
     device.wait(second, device.record(first))
-
-
-def _result(layout: Layout, job: int, received: memoryview, *, copy: bool) -> WorkResult:
-    template = layout.templates[job]
-    spec_count = len(template.plan.specs)
-    numbers = int(layout.starts[job, Region.NUMBERS]) - layout.download.start
-    scalars = bytes(received[numbers : numbers + SPEC_RESULT.size * spec_count])
-    if template.weight_sum is not None:
-        scalars = _with_weight_sum(scalars, received, numbers + template.weight_sum.offset)
-    outputs: list[Buffer] = []
-    start = int(layout.starts[job, Region.OUTPUT]) - layout.download.start
-    for place, output in zip(template.outputs, template.plan.outputs, strict=True):
-        offset = start + place.offset
-        part = received[offset : offset + output.tensor.byte_count]
-        outputs.append(bytes(part) if copy else part.toreadonly())
-    return WorkResult(scalars, tuple(outputs))
-
-
-def _with_weight_sum(scalars: bytes, received: memoryview, offset: int) -> bytes:
-    """Put the weight sum and the count of unmasked elements, computed once for all specs, into each spec's record."""
-    weight_sum, count = SUMS.unpack_from(received, offset)
-    return b"".join(
-        SPEC_RESULT.pack(scalar, count, weight_sum, nonfinite_count)
-        for scalar, _, _, nonfinite_count in SPEC_RESULT.iter_unpack(scalars)
-    )
 
 
 def _array(tensor: Tensor) -> ByteArray:

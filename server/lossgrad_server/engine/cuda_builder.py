@@ -25,6 +25,7 @@ from lossgrad_server.engine.cuda_fields import (
 from lossgrad_server.engine.cuda_template import (
     MAX_BYTES,
     SUMS,
+    Chunks,
     Expansion,
     Kernel,
     Place,
@@ -61,6 +62,12 @@ class _Builder:
         self._expansions: list[Expansion] = []
         self._roundings: list[Rounding] = []
         self._is_selected = plan.weight is not None or plan.mask is not None
+        # Exact sums of several numbers are for the host.
+        self._chunk_count = -(-plan.element_count // CHUNK_ELEMENTS)
+        self._brings_chunks = self._chunk_count > 1 or plan.wants_totals
+        self._weight_chunks: Place | None = None
+        self._sum_chunks: list[Place | None] = [None] * len(plan.specs)
+        self._extremes: list[tuple[Place, Place] | None] = [None] * len(plan.specs)
         # Outputs are written in float64, for torch to sum back and round.
         self._is_wide = plan.input.data_type != plan.target.data_type or (
             plan.includes_gradient and (plan.input.element_count != plan.element_count or plan.sends_target_gradient)
@@ -97,6 +104,9 @@ class _Builder:
             operands=operands,
             outputs=outputs,
             weight_sum=self._weight_sum,
+            chunks=Chunks(self._chunk_count, self._weight_chunks, tuple(self._sum_chunks), tuple(self._extremes))
+            if self._brings_chunks
+            else None,
             state=_padded(self._state, self._sizes[Region.STATE], np.int64),
             state_regions=_padded(self._state_regions, self._sizes[Region.STATE], np.int8),
             # The kernels overwrite the first of each four where the loss is one number, and add to the last.
@@ -144,7 +154,10 @@ class _Builder:
             else:
                 weight_sums = None
         if weight_sums is not None:
-            partials = self._allocate(Region.SCRATCH, 8 * rows.row_count * rows.chunks)
+            is_brought = self._brings_chunks and not has_rows
+            partials = self._allocate(Region.OUTPUT if is_brought else Region.SCRATCH, 8 * rows.row_count * rows.chunks)
+            if is_brought:
+                self._weight_chunks = partials
             fields[SegmentField.WEIGHT_PARTIALS] = partials
             self._add_fold(
                 Stage.WEIGHT_FOLDS,
@@ -169,8 +182,10 @@ class _Builder:
         if weight_sums is not None:
             self._add_program(Kernel(Stage.WEIGHTS, has_rows), segment, tile_count)
         if specs:
+            is_selected = self._is_selected or has_rows or plan.wants_totals
             kernel = Kernel(
-                Stage.LOSSES, has_rows, self._is_selected or has_rows, self._operand_type, self._output_type
+                *(Stage.LOSSES, has_rows, is_selected, self._operand_type, self._output_type),
+                has_extremes=plan.wants_totals,
             )
             self._add_program(kernel, segment, tile_count)
 
@@ -201,17 +216,25 @@ class _Builder:
         if spec.reduction == Reduction.NONE:
             flags |= SpecFlag.WRITE_LOSS
             fields[SpecField.LOSS] = self._written(index, (Role.LOSS,))
-        else:
+        if spec.reduction != Reduction.NONE or self._plan.wants_totals:
             flags |= SpecFlag.SUM
-            partials = self._allocate(Region.SCRATCH, 8 * rows.row_count * rows.chunks)
+            is_brought = self._brings_chunks and not spec.reduction.is_per_sample
+            partials = self._allocate(Region.OUTPUT if is_brought else Region.SCRATCH, 8 * rows.row_count * rows.chunks)
             fields[SpecField.PARTIALS] = fold[FoldField.PARTIALS] = partials
-            if spec.reduction.is_scalar:
+            if is_brought:
+                self._sum_chunks[index] = partials
+            elif spec.reduction.is_scalar:
                 fold[FoldField.OUTPUT] = Place(Region.NUMBERS, SPEC_RESULT.size * index)
                 fold[FoldField.OUTPUT_TYPE] = DataType.FLOAT64
+                self._add_fold(Stage.LOSS_FOLDS, rows, fold)
             else:
                 fold[FoldField.OUTPUT] = self._outputs[index, Role.LOSS][1]
                 fold[FoldField.OUTPUT_TYPE] = self._plan.result_type
-            self._add_fold(Stage.LOSS_FOLDS, rows, fold)
+                self._add_fold(Stage.LOSS_FOLDS, rows, fold)
+        if self._plan.wants_totals:
+            least, greatest = (self._allocate(Region.OUTPUT, 8 * rows.chunks) for _ in range(2))
+            fields |= {SpecField.LEAST: least, SpecField.GREATEST: greatest}
+            self._extremes[index] = least, greatest
         if spec.include_gradient:
             flags |= SpecFlag.WRITE_GRADIENT
             fields[SpecField.GRADIENT] = self._written(index, (Role.INPUT_GRADIENT, Role.TARGET_GRADIENT))
@@ -231,7 +254,7 @@ class _Builder:
 
     def _add_fold(self, stage: Stage, rows: _Matrix, fields: Mapping[FoldField, int | Place]) -> None:
         record = self._add_record(FoldField, rows.fold() | dict(fields))
-        self._add_program(Kernel(stage), record, rows.fold_tile_count)
+        self._add_program(Kernel(stage, adds=rows.chunks > 1), record, rows.fold_tile_count)
 
     def _add_program(self, kernel: Kernel, record: Place, tile_count: int) -> None:
         if tile_count:

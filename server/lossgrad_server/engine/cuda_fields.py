@@ -78,6 +78,8 @@ class SpecField(IntEnum):
     GRADIENT = 8
     PARTIALS = 9  # float64, for each row its chunks' sums of losses
     NONFINITE_COUNT = 10  # int64, added to
+    LEAST = 11  # float64, for each chunk its least loss, NaN left out; inf where there is none
+    GREATEST = 12  # float64, for each chunk its greatest loss; -inf where there is none
 
 
 class FoldFlag(IntFlag):

@@ -2,7 +2,7 @@
 
 # Triton's language looks like Python's and is not: it has its own types, and its own conventions for compile-time values.
 # mypy: ignore-errors
-# ruff: noqa: N803
+# ruff: noqa: N803, ANN202
 
 from __future__ import annotations
 
@@ -38,10 +38,12 @@ def fold_kernel(
     arena: tl.tensor,
     tiles: tl.tensor,
     LEVELS: tl.constexpr,
+    ADDS: tl.constexpr,
 ) -> None:
-    """Add up the partial sums of some rows of a fold, divide and write them.
+    """Add up the partial sums of some rows of a fold, divide and write them. Without ADDS, a row has at most one.
 
-    Of more partials than 2^LEVELS, each lane first adds up its own in order, as within a chunk.
+    Of more partials than 2^LEVELS, each lane first adds up its own in order, as within a chunk. A sum is held by four
+    numbers, exactly unless the partials are more than about 2^150 apart, and rounded once.
     """
     fold, tile = program_of(arena, tiles)
     rows_log2 = tl.load(fold + _FOLD_ROWS_LOG2).to(tl.int32)
@@ -49,18 +51,77 @@ def fold_kernel(
     per_row = tl.load(fold + _PARTIALS_PER_ROW)
     partials = (arena + tl.load(fold + _FOLD_PARTIALS)).to(tl.pointer_type(tl.float64))
     lane = tl.arange(0, 1 << LEVELS)
-    row = (tile << rows_log2) + (lane & ((1 << rows_log2) - 1))
-    sums = tl.zeros((1 << LEVELS,), dtype=tl.float64)
-    column = (lane >> rows_log2).to(tl.int64)
-    for _ in range(((per_row + ((1 << LEVELS) - 1)) >> LEVELS).to(tl.int32)):
-        sums += tl.load(partials + row * per_row + column, mask=(row < row_count) & (column < per_row), other=0.0)
-        column += 1 << LEVELS
+    if ADDS:
+        row = (tile << rows_log2) + (lane & ((1 << rows_log2) - 1))
+        column = (lane >> rows_log2).to(tl.int64)
+        s0 = tl.zeros((1 << LEVELS,), dtype=tl.float64)
+        s1, s2, s3 = s0, s0, s0
+        for _ in range(((per_row + ((1 << LEVELS) - 1)) >> LEVELS).to(tl.int32)):
+            own = tl.load(partials + row * per_row + column, mask=(row < row_count) & (column < per_row), other=0.0)
+            s0, s1, s2, s3 = _added(s0, s1, s2, s3, own)
+            column += 1 << LEVELS
+        for level in tl.static_range(LEVELS + 1):
+            if rows_log2 == LEVELS - level:
+                _finish_rows(arena, fold, tile, _rounded(s0, s1, s2, s3), LEVELS - level)
+            if level < LEVELS:
+                s0, t0 = _halves(s0, LEVELS - level)
+                s1, t1 = _halves(s1, LEVELS - level)
+                s2, t2 = _halves(s2, LEVELS - level)
+                s3, t3 = _halves(s3, LEVELS - level)
+                s0, s1, s2, s3 = _added(s0, s1, s2, s3, t0)
+                s1, s2, s3 = _added_below(s1, s2, s3, t1)
+                s2, lost = _two_sum(s2, t2)
+                s3 = s3 + (lost + t3)
+    else:
+        row = tile * (1 << LEVELS) + lane
+        own = tl.load(partials + row, mask=row < row_count * per_row, other=0.0)
+        _finish_rows(arena, fold, tile, own, LEVELS)
 
-    for level in tl.static_range(LEVELS + 1):
-        if rows_log2 == LEVELS - level:
-            _finish_rows(arena, fold, tile, sums, LEVELS - level)
-        if level < LEVELS:
-            sums = folded(sums, LEVELS - level)
+
+@triton.jit
+def _two_sum(a: tl.tensor, b: tl.tensor):
+    """Return a + b and what rounding lost of it, exactly. Source: Knuth, TAOCP 2, 4.2.2, theorem B."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+@triton.jit
+def _added(s0: tl.tensor, s1: tl.tensor, s2: tl.tensor, s3: tl.tensor, value: tl.tensor):
+    """Add to a sum of four numbers, each of which takes what the one before it lost."""
+    s0, lost = _two_sum(s0, value)
+    s1, s2, s3 = _added_below(s1, s2, s3, lost)
+    return s0, s1, s2, s3
+
+
+@triton.jit
+def _added_below(s1: tl.tensor, s2: tl.tensor, s3: tl.tensor, value: tl.tensor):
+    s1, lost = _two_sum(s1, value)
+    s2, lost = _two_sum(s2, lost)
+    return s1, s2, s3 + lost
+
+
+@triton.jit
+def _rounded(s0: tl.tensor, s1: tl.tensor, s2: tl.tensor, s3: tl.tensor) -> tl.tensor:
+    """Return the sum of the four, rounded once; of the first alone where that is infinite or NaN."""
+    total = s0
+    for _ in tl.static_range(3):
+        s2, s3 = _two_sum(s2, s3)
+        s1, s2 = _two_sum(s1, s2)
+        s0, s1 = _two_sum(s0, s1)
+    # Now each is the rounded sum of itself and those behind it, but for a tie, which what is behind decides.
+    away = s0 + 2.0 * s1
+    is_beyond = ((s1 > 0.0) & (s2 > 0.0)) | ((s1 < 0.0) & (s2 < 0.0))
+    s0 = tl.where(is_beyond & (away - s0 == 2.0 * s1), away, s0)
+    return tl.where(tl.abs(total) < float("inf"), s0, total)
+
+
+@triton.jit
+def _halves(values: tl.tensor, LOG2: tl.constexpr):
+    """Return the first half of 2^LOG2 numbers, and the second."""
+    pair = tl.reshape(values, (2, 1 << (LOG2 - 1)))
+    is_first = tl.expand_dims(tl.arange(0, 2), 1) == 0
+    return tl.sum(tl.where(is_first, pair, 0.0), axis=0), tl.sum(tl.where(is_first, 0.0, pair), axis=0)
 
 
 @triton.jit

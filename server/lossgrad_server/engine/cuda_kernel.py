@@ -63,6 +63,8 @@ _LOSS = tl.constexpr(int(SpecField.LOSS))
 _GRADIENT = tl.constexpr(int(SpecField.GRADIENT))
 _PARTIALS = tl.constexpr(int(SpecField.PARTIALS))
 _NONFINITE_COUNT = tl.constexpr(int(SpecField.NONFINITE_COUNT))
+_LEAST = tl.constexpr(int(SpecField.LEAST))
+_GREATEST = tl.constexpr(int(SpecField.GREATEST))
 _SUM = tl.constexpr(int(SpecFlag.SUM))
 _DIVIDE = tl.constexpr(int(SpecFlag.DIVISOR))
 _WRITE_LOSS = tl.constexpr(int(SpecFlag.WRITE_LOSS))
@@ -77,6 +79,7 @@ def loss_kernel(
     OUTPUT: tl.constexpr,
     ROWS: tl.constexpr,
     SELECTED: tl.constexpr,
+    EXTREMES: tl.constexpr,
     CHUNK: tl.constexpr,
     LEVELS: tl.constexpr,
 ) -> None:
@@ -84,8 +87,8 @@ def loss_kernel(
 
     `tiles` has two int64 for each program: where its segment's record is, and which of its tiles it computes. OPERAND
     and OUTPUT are DataTypes: of input and target, and of losses and gradients. ROWS: whether segments have several
-    rows; without it, all is one row. SELECTED: whether they may have weights or masks. A block has 2^LEVELS elements, a
-    chunk CHUNK.
+    rows; without it, all is one row. SELECTED: whether they may have weights or masks. EXTREMES: whether the least and the
+    greatest loss of each tile are wanted, in one row. A block has 2^LEVELS elements, a chunk CHUNK.
     """
     segment, tile = program_of(arena, tiles)
     input_block = arena + offset_of(segment, _INPUT)
@@ -102,6 +105,8 @@ def loss_kernel(
         gradient_scale = float64_at(spec + _GRADIENT_SCALE)
         sums = tl.zeros((1 << LEVELS,), dtype=tl.float64)
         nonfinite_counts = tl.zeros((1 << LEVELS,), dtype=tl.int32)
+        least = tl.full((), float("inf"), tl.float64)
+        greatest = tl.full((), float("-inf"), tl.float64)
         for block in range(block_count):
             row, first, offsets, near, inside = elements_of(segment, tile, block, ROWS, CHUNK, LEVELS)
             input = load(input_block, first, offsets, near, OPERAND)
@@ -119,6 +124,10 @@ def loss_kernel(
             nonfinite_counts += tl.where(selected & ((loss < float("inf")) == 0), 1, 0)
             if SELECTED:
                 loss = loss * weight
+            if EXTREMES:
+                taken = selected & (loss == loss)  # noqa: PLR0124
+                least = tl.minimum(least, tl.min(tl.where(taken, loss, float("inf")), axis=0))
+                greatest = tl.maximum(greatest, tl.max(tl.where(taken, loss, float("-inf")), axis=0))
             loss = tl.where(selected, loss, 0.0)
             sums += loss
             if (flags & _WRITE_LOSS) != 0:
@@ -147,6 +156,9 @@ def loss_kernel(
         if (flags & _SUM) != 0:
             partials = (arena + tl.load(spec + _PARTIALS)).to(tl.pointer_type(tl.float64))
             store_partials(segment, tile, partials, sums, ROWS, LEVELS)
+        if EXTREMES:
+            tl.store((arena + tl.load(spec + _LEAST)).to(tl.pointer_type(tl.float64)) + tile, least)
+            tl.store((arena + tl.load(spec + _GREATEST)).to(tl.pointer_type(tl.float64)) + tile, greatest)
         spec += _SPEC_FIELDS
 
 

@@ -39,12 +39,13 @@ def specialization(kernel: Kernel) -> tuple[Any, dict[str, Any], dict[str, Any]]
                 "OUTPUT": kernel.output,
                 "ROWS": kernel.has_rows,
                 "SELECTED": kernel.is_selected,
+                "EXTREMES": kernel.has_extremes,
                 "CHUNK": CHUNK_ELEMENTS,
                 "LEVELS": BLOCK_LOG2,
             }
             return cuda_kernel.loss_kernel, constants, options
         case Stage.WEIGHT_FOLDS | Stage.LOSS_FOLDS:
-            return cuda_folds.fold_kernel, {"LEVELS": BLOCK_LOG2}, options
+            return cuda_folds.fold_kernel, {"LEVELS": BLOCK_LOG2, "ADDS": kernel.adds}, options
 
 
 def _launch(arena: Tensor, launch: Launch) -> None:

@@ -33,7 +33,7 @@ class Region(IntEnum):
     INPUT = 1  # the operands as they came
     STATE = 2  # the kernels' records, and the divisors known beforehand
     NUMBERS = 3  # the answers' numbers: a SPEC_RESULT for each spec, and SUMS
-    OUTPUT = 4  # the answers' tensors
+    OUTPUT = 4  # the answers' tensors, and Chunks
     SCRATCH = 5
 
 
@@ -54,23 +54,27 @@ class Stage(IntEnum):
 
 
 class Kernel(NamedTuple):
-    """A kernel, and what it is compiled for; the loss kernel alone knows types and selection."""
+    """A kernel, and what it is compiled for. The loss kernel alone knows types, selection and extremes."""
 
     stage: Stage
     has_rows: bool = False
     is_selected: bool = False
     operand: int = 0
     output: int = 0
+    has_extremes: bool = False  # then it is selected, too
+    adds: bool = False  # of folds: whether rows may have more than one partial sum
 
     @property
     def code(self) -> int:
         """A number for it; numbers ascend with the stage."""
-        return self.stage << 24 | self.operand << 16 | self.output << 8 | self.has_rows << 1 | self.is_selected
+        flags = self.adds << 3 | self.has_extremes << 2 | self.has_rows << 1 | self.is_selected
+        return self.stage << 24 | self.operand << 16 | self.output << 8 | flags
 
     @classmethod
     def of_code(cls, code: int) -> Kernel:
         """Return the kernel with that number."""
-        return cls(Stage(code >> 24), bool(code & 2), bool(code & 1), code >> 16 & 0xFF, code >> 8 & 0xFF)
+        types = code >> 16 & 0xFF, code >> 8 & 0xFF
+        return cls(Stage(code >> 24), bool(code & 2), bool(code & 1), *types, bool(code & 4), bool(code & 8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,16 @@ class Rounding:
     is_negated: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Where what was found of each chunk is, for the host to put together: `count` float64 at each place."""
+
+    count: int
+    weights: Place | None  # the sums of weights, where there are any
+    sums: tuple[Place | None, ...]  # of each spec; None where nothing needs them
+    extremes: tuple[tuple[Place, Place] | None, ...]  # of each spec that wants them: the least losses, the greatest
+
+
 @dataclass(frozen=True)
 class Template:
     """A job's share of a launch."""
@@ -102,6 +116,7 @@ class Template:
     operands: tuple[Place, ...]
     outputs: tuple[Place, ...]
     weight_sum: Place | None  # where SUMS is computed
+    chunks: Chunks | None  # where the host adds up: of several chunks, or for totals
     state: Int64Array
     state_regions: Int8Array  # of those of `state` that are places
     numbers: Int64Array  # as they are before the kernels run

@@ -24,15 +24,16 @@ from lossgrad_server.engine.cuda_batch import LargeRequest, Slot, SmallBatch
 from lossgrad_server.engine.cuda_builder import template_of
 from lossgrad_server.engine.cuda_device import CudaDevice, Device, Lane
 from lossgrad_server.engine.cuda_template import Template, TooManyBytes
+from lossgrad_server.engine.cuda_warm_up import warm_up_items
 from lossgrad_server.errors import InternalError
-from lossgrad_server.jobs import DataType, JobPlan, LossKind, Reduction, SpecPlan, TensorPlan
+from lossgrad_server.jobs import JobPlan
 from lossgrad_server.work import BatchResult, FailureKind, WorkFailure, WorkItem, WorkResult
 
 logger = logging.getLogger(__name__)
 
 SLOTS: Final = 3
 # Raised whenever the same request may get other bits from this engine than from the one before.
-KERNEL_VERSION: Final = 1
+KERNEL_VERSION: Final = 2
 _MIB: Final = 1024 * 1024
 # More than what is lost because each of a launch's tables starts on an alignment.
 _TABLES_ROUNDED_BYTES: Final = 8192
@@ -387,29 +388,3 @@ def is_device_lost(error: Exception) -> bool:
 def _internal(error: Exception) -> WorkFailure:
     logger.error("A request failed with an unexpected error", exc_info=error)
     return WorkFailure(FailureKind.INTERNAL, InternalError().message)
-
-
-def warm_up_items() -> list[WorkItem]:
-    """Return jobs for which every variant of every kernel is compiled."""
-    items: list[WorkItem] = []
-    shape = (2, 3)
-    for data_type in (DataType.FLOAT16, DataType.BFLOAT16, DataType.FLOAT32, DataType.FLOAT64):
-        same = TensorPlan(data_type, shape)
-        broadcast = TensorPlan(data_type, (3,))
-        weight, mask = TensorPlan(DataType.FLOAT32, shape), TensorPlan(DataType.BOOL, shape)
-        specs = (
-            SpecPlan(LossKind.SMOOTH_L1, 0.5, Reduction.MEAN, include_gradient=True),
-            SpecPlan(LossKind.L1, 0.0, Reduction.NONE),
-            SpecPlan(LossKind.HUBER, 0.5, Reduction.SAMPLE_MEAN, include_gradient=True),
-            SpecPlan(LossKind.MSE, 0.0, Reduction.SAMPLE_SUM),
-        )
-        for target in (same, broadcast):
-            items += [
-                _zeros(JobPlan(specs, input=same, target=target)),
-                _zeros(JobPlan(specs, input=same, target=target, weight=weight, mask=mask)),
-            ]
-    return items
-
-
-def _zeros(plan: JobPlan) -> WorkItem:
-    return WorkItem(plan.header, tuple(bytes(operand.byte_count) for operand in plan.operands))

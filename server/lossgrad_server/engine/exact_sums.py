@@ -35,7 +35,7 @@ def rounded(partials: tuple[float, ...]) -> float:
 
 
 def quotient(partials: tuple[float, ...], divisor: float) -> float:
-    """Return an exact sum over a divisor, rounded about once: the same bits as cpu_passes.quotient."""
+    """Return an exact sum over a divisor, rounded about once: the same bits as cpu_exact.quotient."""
     high, low, *_ = *partials, 0.0, 0.0
     result = _divided(high, divisor)
     if math.isfinite(result) and not math.isinf(divisor):

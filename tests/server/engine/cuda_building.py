@@ -10,7 +10,7 @@ from lossgrad_server.engine.cuda_device import Device
 from lossgrad_server.engine.cuda_worker import CudaWorker
 from lossgrad_server.jobs import DataType, LossKind, Reduction
 from lossgrad_server.work import WorkFailure, WorkResult
-from tests.server.engine.building import FLOATS, Job, job, result_bytes, spec
+from tests.server.engine.building import FLOATS, Job, job, result_bytes, spec, with_totals
 
 KIB = 1024
 
@@ -43,6 +43,11 @@ def jobs_of_every_path() -> list[Job]:
         jobs.append(job(specs, x, y, FLOATS[index % 4], weight=weight, mask=mask))
     jobs.append(job(spec(reduction=Reduction.SUM), random.normal(size=(9, 1)), random.normal(size=(1, 11))))
     jobs.append(job(spec(), random.normal(size=7), np.arange(7), DataType.FLOAT16, target_type=DataType.INT32))
+    # What the host adds up: several chunks, totals.
+    x, y = random.normal(size=(2, 4100))
+    specs = [spec(reduction=Reduction.SUM, gradient=False), spec(LossKind.MSE)]
+    jobs.append(job(specs, x, y, DataType.BFLOAT16, weight=random.uniform(0, 2, size=4100)))
+    jobs.append(with_totals(job([*specs, spec(LossKind.L1, reduction=Reduction.NONE)], x[:9], y[:9])))
     return jobs
 
 

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from lossgrad_server.engine import cuda_kernel, cuda_launch
 from lossgrad_server.engine.cuda_builder import template_of
 from lossgrad_server.engine.cuda_template import Kernel
-from lossgrad_server.engine.cuda_worker import warm_up_items
+from lossgrad_server.engine.cuda_warm_up import warm_up_items
 
 # Global memory by width, what would round differently than IEEE 754 says, and float atomics.
 _INSTRUCTION = re.compile(
@@ -40,7 +40,7 @@ def compiled(kernel: Kernel, capability: int) -> dict[str, Any]:
     compile: Any = triton.compile
     code = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return {
-        "kernel": [int(value) for value in kernel],
+        "code": kernel.code,
         "instructions": collections.Counter(_INSTRUCTION.findall(code.asm["ptx"])),
     }
 

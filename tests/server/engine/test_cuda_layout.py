@@ -33,6 +33,7 @@ def random_plan(random: np.random.Generator) -> JobPlan:
         TensorPlan(DataType(types[0] if random.random() < 0.6 else types[1]), narrow),
         weight=TensorPlan(DataType(types[2]), narrow) if random.random() < 0.3 else None,
         mask=TensorPlan(DataType.BOOL, shape) if random.random() < 0.3 else None,
+        wants_totals=not any(one.reduction.is_per_sample for one in specs) and random.random() < 0.5,
     )
 
 
@@ -64,6 +65,10 @@ def test_a_job_s_blocks_lie_apart_and_within_their_region(seed: int) -> None:
     blocks += [(place, output.tensor.byte_count) for place, output in zip(template.outputs, plan.outputs, strict=True)]
     blocks += [(one.target, plan.element_count * one.data_type.itemsize) for one in template.expansions]
     blocks += list({one.source: 8 * plan.element_count for one in template.roundings}.items())
+    if template.chunks is not None:
+        places = [template.chunks.weights, *template.chunks.sums]
+        places += [place for extremes in template.chunks.extremes for place in extremes or ()]
+        blocks += [(place, 8 * template.chunks.count) for place in places if place is not None]
     occupied: dict[Region, list[tuple[int, int]]] = {}
     for place, byte_count in blocks:
         assert place.offset % ALIGNMENT == 0
@@ -89,9 +94,10 @@ def test_the_tables_name_each_tile_once_and_places_of_the_arena() -> None:
     assert [tile for _, tile in entries] == [0, 0, 0, 1, 0, 1, 2]
     records = sorted({record for record, _ in entries})
     assert len(records) == 4
-    # An empty sum is folded, too: someone must write 0 and NaN.
+    # An empty sum is folded, too: someone must write 0 and NaN. The host adds up those of several chunks.
     assert folds.kernel == Kernel(Stage.LOSS_FOLDS)
-    assert folds.tile_count == 5
+    assert folds.tile_count == 3
+    assert [template.chunks and template.chunks.count for template in layout.templates] == [None, None, 2, 3, None]
 
 
 @pytest.mark.parametrize("data_type", FLOATS)
@@ -118,7 +124,8 @@ def test_kernels_survive_their_code() -> None:
     for kernel in (
         Kernel(Stage.WEIGHTS, has_rows=True),
         Kernel(Stage.LOSSES, False, True, 3, 4),
-        Kernel(Stage.LOSS_FOLDS),
+        Kernel(Stage.LOSSES, False, True, 1, 1, has_extremes=True),
+        Kernel(Stage.LOSS_FOLDS, adds=True),
     ):
         assert Kernel.of_code(kernel.code) == kernel
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.server.engine.cuda_simulation import SimulatedDevice, compute_on_cpu, needs_interpreter  # isort: skip
 
@@ -43,6 +45,22 @@ from tests.server.engine.test_worker_semantics import (  # noqa: F401  # run her
     test_the_extremes_of_beta_and_delta_are_the_reference_s,
     test_weights_and_a_denominator_by_hand,
     test_zero_weights_give_a_mean_of_nan,
+)
+from tests.server.engine.test_worker_totals import (  # noqa: F401  # likewise
+    Cut,
+    check_parts,
+    cuts,
+    test_a_gradient_that_is_divided_by_the_whole_one_s_count_is_the_whole_one_s,
+    test_a_total_of_nothing,
+    test_chunks_that_cancel_and_overflow,
+    test_extremes_by_hand,
+    test_infinite_parameters_and_weights,
+    test_nan_and_infinity,
+    test_samples_of_chunks_that_cancel_are_summed_exactly,
+    test_the_least_loss_of_float64_is_the_least_of_its_elements,
+    test_totals_are_the_reference_s,
+    test_totals_of_broadcast_operands_are_over_what_they_broadcast_to,
+    test_wanting_totals_changes_no_other_number,
 )
 
 pytestmark = needs_interpreter
@@ -111,7 +129,9 @@ def test_partials_of_any_number_are_folded_and_divided(output_type: DataType, pe
     rows_log2 = (BLOCK_ELEMENTS // max(per_row, 1)).bit_length() - 1 if per_row < BLOCK_ELEMENTS else 0
     while rows_log2 and (1 << rows_log2) * per_row > BLOCK_ELEMENTS:
         rows_log2 -= 1
-    partials = random.normal(size=(row_count, per_row))
+    # Numbers of every size, most of which cancel: their sum is exact all the same.
+    partials = random.normal(size=(row_count, per_row)) * 2.0 ** random.integers(-60, 60, (row_count, per_row))
+    partials[:, per_row // 2 : per_row // 2 * 2] = -partials[:, : per_row // 2] * (random.random(per_row // 2) < 0.8)
     divisors = random.uniform(1, 2, size=row_count)
     record_start, tiles_start, divisors_start, output_start, partials_start = 0, 256, 1024, 2048, 4096
     arena = torch.full((partials_start + partials.nbytes,), 0xFF, dtype=torch.uint8)
@@ -138,11 +158,13 @@ def test_partials_of_any_number_are_folded_and_divided(output_type: DataType, pe
         memory[start : start + values.nbytes] = np.ascontiguousarray(values).view(np.uint8).ravel()
     with compute_on_cpu():
         kernels: Any = cuda_folds
-        kernels.fold_kernel[(tile_count,)](arena, arena[tiles_start:].view(torch.int64), LEVELS=BLOCK_LOG2)
+        kernels.fold_kernel[(tile_count,)](
+            arena, arena[tiles_start:].view(torch.int64), LEVELS=BLOCK_LOG2, ADDS=per_row > 1
+        )
     plan = TensorPlan(output_type, (row_count,))
     written = reference.decode(memory[output_start : output_start + plan.byte_count].tobytes(), plan)
     expected = [math.fsum(row) / divisor for row, divisor in zip(partials, divisors, strict=True)]
-    reference.assert_close(written, np.array(expected), output_type, 8, "fold", cancelled=per_row)
+    np.testing.assert_array_equal(written, reference.rounded(np.array(expected), output_type))
 
 
 @pytest.mark.parametrize("data_type", FLOATS)
@@ -205,3 +227,9 @@ def test_sixteen_specs_over_the_same_operands_are_the_reference_s(worker: Device
     random = np.random.default_rng(47)
     specs = [spec(LossKind.SMOOTH_L1, 0.1 * index, list(Reduction)[index % 5]) for index in range(16)]
     check(worker, job(specs, random.normal(size=(7, 190)), random.normal(size=(7, 190)), DataType.FLOAT16))
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(cut=cuts(), data=st.data())
+def test_parts_of_a_tensor_add_up_to_the_bits_of_the_whole(worker: DeviceWorker, cut: Cut, data: st.DataObject) -> None:
+    check_parts(worker, cut, data)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import random as pseudorandom
 import struct
 import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import cache
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lossgrad_server.engine import cpu_exact
-from lossgrad_server.engine.cpu_kernel import load_kernel
-from lossgrad_server.engine.cpu_native import address_of
 from lossgrad_server.engine.exact_sums import exact_sum, quotient, rounded
+from lossgrad_server.engine.host_sums import HostSums
 from lossgrad_server.work import MAX_PARTIALS, SPEC_TOTAL, SpecTotal, unpack_totals
 from tests import reference
 
@@ -29,14 +27,15 @@ def packed(partials: tuple[float, ...]) -> bytes:
     return struct.pack(f"<{len(partials)}d", *partials)
 
 
-def compiled_sum(values: Sequence[float], most: int = MAX_PARTIALS) -> tuple[float, ...]:
-    """Return what the CPU's machine code makes of a sum."""
-    load_kernel()
-    function = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 5)(address_of(cpu_exact.exact_sum))
-    source, out = np.array(values, np.float64), np.full(most, NAN)
-    words = np.full(cpu_exact.EXACT_SUM_BYTES, 0xA5, np.uint8)
-    count = function(source.ctypes.data, len(source), words.ctypes.data, out.ctypes.data, most)
-    return tuple(out[:count].tolist())
+@cache
+def host_sums() -> HostSums:
+    return HostSums()
+
+
+def compiled_sum(values: Sequence[float]) -> tuple[float, ...]:
+    """Return what machine code makes of a sum."""
+    terms = np.array(values, np.float64)
+    return host_sums().total(terms.ctypes.data, len(terms))
 
 
 Sum = Callable[[Sequence[float]], tuple[float, ...]]
@@ -115,10 +114,12 @@ def test_a_record_holds_what_was_packed() -> None:
     assert second == SpecTotal(INF, -INF, (), ())
 
 
-@pytest.mark.parametrize("most", [1, 2])
-@given(values=terms())
-def test_the_first_numbers_of_a_sum_can_be_had_alone(most: int, values: list[float]) -> None:
-    assert packed(compiled_sum(values, most)) == packed(exact_sum(values)[:most])
+@given(values=terms(), divisor=st.floats() | st.sampled_from([1.0, 3.0, 1e7]))
+@example(values=[1.0, 2.0**-60, 2.0**-120, 2.0**-53], divisor=1.0)
+def test_machine_code_divides_as_python_does(values: list[float], divisor: float) -> None:
+    given_terms = np.array(values, np.float64)
+    got = host_sums().quotient(given_terms.ctypes.data, len(values), divisor)
+    assert packed((got,)) == packed((quotient(exact_sum(values), divisor),))
 
 
 @given(terms(), st.floats(min_value=2.0**-200, max_value=2.0**200), st.booleans())
