@@ -33,7 +33,7 @@ NUMBERS = """
     SmoothL1Loss: beta=1
     HuberLoss: delta=1
     ComputeLossRequest: specs=1 allow_broadcast=2 idempotency_key=3 mask=4 weight=5 target=6 input=7 outputs=8
-    ComputeLossResponse: stats=1 results=2 idempotency_key=3
+    ComputeLossResponse: stats=1 results=2 idempotency_key=3 padding=15
     LossResult: scalar=1 tensor=2 element_count=3 weight_sum=4 nonfinite_count=5 target_gradient=6 input_gradient=7
     ComputeStats: queue_ns=1 pack_ns=2 compute_ns=3 unpack_ns=4 batch_request_count=5 batch_element_count=6 device=7
     StreamComputeLossRequest: requests=1

@@ -24,6 +24,7 @@ from lossgrad.calls import (
     ASK_SECONDS,
     HEALTH_CHECK,
     HEALTH_REQUEST,
+    JOINED_BYTES,
     Answer,
     Losses,
     Request,
@@ -46,6 +47,7 @@ from lossgrad.results import LossResult, ServerInfo
 from lossgrad.task_stream import TaskStream
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
 from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
+from lossgrad_api.raw_bytes import join_without_gil
 
 if TYPE_CHECKING:
     from lossgrad.shared_memory import SharedMemory
@@ -156,8 +158,14 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
 
     async def _send(self, request: Request, timeout: float | None) -> Answer:
         start = time.perf_counter()
-        answer = await self._call(self._connected().compute, request.message(), timeout)
-        return request.read(answer, time.perf_counter() - start)
+        if request.byte_count < JOINED_BYTES:
+            answer = await self._call(self._connected().compute, request.message(), timeout)
+            return request.read(answer, time.perf_counter() - start)
+        # Copied by a thread, without the GIL: tens of MiB would hold up the event loop for as many milliseconds.
+        loop = asyncio.get_running_loop()
+        message = await loop.run_in_executor(None, join_without_gil, request.parts)
+        answer = await self._call(self._connected().compute, message, timeout)
+        return await loop.run_in_executor(None, request.read, answer, time.perf_counter() - start)
 
     async def _ask_for_memory(self, memory: SharedMemory) -> None:
         if memory.must_ask:

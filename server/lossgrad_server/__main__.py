@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 
 from lossgrad_api.allocator import keep_large_blocks
@@ -18,6 +19,9 @@ def main() -> int:
         keep_large_blocks()  # before torch and gRPC start threads, each of which would get an arena of its own
         # Only now, so that --help and a bad flag do not wait seconds for torch.
         from lossgrad_server.app import DeviceLost, run
+        from lossgrad_server.engine import cpu_target
+
+        cpu_target.choose(os.environ)
 
         try:
             asyncio.run(run(config))

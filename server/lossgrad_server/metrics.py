@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Final, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from lossgrad_server.batching.forming import Batch, ClosedBy
+from lossgrad_server.counters import Counter
 from lossgrad_server.errors import Code, Reason, RequestError
 from lossgrad_server.histograms import Histogram
 from lossgrad_server.jobs import JobPlan, LossKind

@@ -85,14 +85,16 @@ class ComputeLossRequest(_message.Message):
     def __init__(self, specs: _Optional[_Iterable[_Union[LossSpec, _Mapping]]] = ..., allow_broadcast: bool = ..., idempotency_key: _Optional[str] = ..., mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., weight: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., target: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., input: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., outputs: _Optional[_Union[_tensor_pb2.SharedMemory, _Mapping]] = ...) -> None: ...
 
 class ComputeLossResponse(_message.Message):
-    __slots__ = ("stats", "results", "idempotency_key")
+    __slots__ = ("stats", "results", "idempotency_key", "padding")
     STATS_FIELD_NUMBER: _ClassVar[int]
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
     stats: ComputeStats
     results: _containers.RepeatedCompositeFieldContainer[LossResult]
     idempotency_key: str
-    def __init__(self, stats: _Optional[_Union[ComputeStats, _Mapping]] = ..., results: _Optional[_Iterable[_Union[LossResult, _Mapping]]] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+    padding: bytes
+    def __init__(self, stats: _Optional[_Union[ComputeStats, _Mapping]] = ..., results: _Optional[_Iterable[_Union[LossResult, _Mapping]]] = ..., idempotency_key: _Optional[str] = ..., padding: _Optional[bytes] = ...) -> None: ...
 
 class LossResult(_message.Message):
     __slots__ = ("scalar", "tensor", "element_count", "weight_sum", "nonfinite_count", "target_gradient", "input_gradient")

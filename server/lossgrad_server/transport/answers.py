@@ -6,9 +6,11 @@ from functools import lru_cache
 from typing import Final
 
 from lossgrad_api.codec import EMPTY, Buffer, ResponseForm, ResultForm, StatsView, TensorForm, encode_stats
+from lossgrad_api.raw_bytes import IS_SUPPORTED
 from lossgrad_server.batching.job import Computed
 from lossgrad_server.jobs import unpack_header
-from lossgrad_server.work import SPEC_RESULT, WorkItem
+from lossgrad_server.transport.answer_memory import AnswerMemory
+from lossgrad_server.work import SPEC_RESULT
 
 _NONE: Final = bytes(8)
 _NONFINITE_AT: Final = SPEC_RESULT.size - 8
@@ -31,13 +33,32 @@ def response_form(header: bytes, is_placed: bool = False) -> ResponseForm:
     )
 
 
-def response_parts(item: WorkItem, computed: Computed, stats: bytes, idempotency_key: str) -> list[Buffer]:
-    """Return the response to an item as parts to join. `stats` is from `stats_bytes`."""
+def response_parts(
+    header: bytes, computed: Computed, stats: bytes, idempotency_key: str, *, is_placed: bool = False
+) -> list[Buffer]:
+    """Return the response as parts to join. `header` is its plan's, `stats` from `stats_bytes`.
+
+    `is_placed`: the tensors are where the caller wanted them, and the response has none.
+    """
     result = computed.result
-    if item.destinations:
-        empty = [EMPTY] * len(result.outputs)
-        return response_form(item.header, True).parts(stats, result.scalars, empty, idempotency_key)
-    return response_form(item.header).parts(stats, result.scalars, result.outputs, idempotency_key)
+    outputs = [EMPTY] * len(result.outputs) if is_placed else result.outputs
+    return response_form(header, is_placed).parts(stats, result.scalars, outputs, idempotency_key)
+
+
+def answer_memory(header: bytes) -> AnswerMemory | None:
+    """Return memory for the worker to write the answer to such a request in; None where it is to be joined."""
+    byte_count = response_form(header).in_place_bytes
+    if not byte_count or not IS_SUPPORTED:
+        return None
+    try:
+        return AnswerMemory(byte_count)
+    except MemoryError:  # the worker may find room, or says what is wrong
+        return None
+
+
+def response_head(header: bytes, computed: Computed, stats: bytes, idempotency_key: str) -> bytes:
+    """Return all of the response but its one tensor's data, for `AnswerMemory.finish`."""
+    return response_form(header).head(stats, computed.result.scalars, idempotency_key)
 
 
 def stats_bytes(computed: Computed, device: str) -> bytes:
