@@ -17,6 +17,7 @@ from bench.measuring import Bar, interleave, paired_ratio, parse_size, percentil
 from bench.transport import QUICK, SECTIONS
 from lossgrad_api import codec
 from lossgrad_api.v1 import loss_service_pb2 as pb
+from lossgrad_server.shared_memory.segments import why_impossible
 
 _ROOT = Path(__file__).resolve().parent.parent
 _TINY = (
@@ -104,3 +105,15 @@ def test_a_bar_is_met_or_not(value: float, is_least: bool, is_met: bool) -> None
 def test_sizes_are_read(text: str, byte_count: int) -> None:
     assert parse_size(text) == byte_count
     assert parse_size(size_name(byte_count).replace(" ", "")) == byte_count
+
+
+@pytest.mark.slow
+def test_shared_memory_is_measured_beside_the_wire_and_the_kernel() -> None:
+    if reason := why_impossible():
+        pytest.skip(reason)
+    report = _run("bench.shared_memory", "--json", "--rounds", "1", "--megabytes", "1")
+    (size,) = report["sizes"]
+    assert size["bytes"] == 1 << 20
+    assert set(size["seconds"]) == {"wire", "shared", "in place", "kernel", "small"}
+    assert all(seconds > 0 for seconds in size["seconds"].values())
+    assert len(report["bars"]) == 1
