@@ -26,6 +26,7 @@ from lossgrad_server.jobs import (
     TensorPlan,
     broadcast_shapes,
 )
+from lossgrad_server.transport.shared_tensors import SharedMemoryParts, destinations, is_shared, with_shared_operands
 from lossgrad_server.work import WorkItem
 
 MAX_IDEMPOTENCY_KEY_BYTES: Final = 128
@@ -47,8 +48,10 @@ _WEIGHTS: Final = frozenset(data_type for data_type in DataType if data_type.is_
 class RequestChecker:
     """Turns the bytes of a ComputeLossRequest into a plan and the views of its tensors. Used by one thread."""
 
-    def __init__(self, max_message_bytes: int) -> None:
+    def __init__(self, max_message_bytes: int, memory: SharedMemoryParts | None = None) -> None:
+        """`memory` is what the server shares with its callers, if it shares any."""
         self._max_message_bytes = max_message_bytes
+        self._memory = memory
         self._known: codec.KnownRequests[JobPlan] = codec.KnownRequests()
 
     def check(self, data: bytes, start: int = 0, end: int | None = None) -> tuple[JobPlan, WorkItem, str]:
@@ -70,23 +73,30 @@ class RequestChecker:
                 reason=Reason.BAD_PARAMETER,
                 field="idempotency_key",
             )
+        places: tuple[memoryview, ...] = ()
+        shares = is_shared(request)
         try:
+            if shares:
+                view = with_shared_operands(request, view, self._memory)
             plan = self._plan(request, view)
+            if shares:
+                places = destinations(request, plan, self._memory)
         except RequestError as error:
             error.request_id = view.idempotency_key
             raise
-        if all(tensor.byte_count for tensor in plan.operands):  # otherwise there is no view to find for the empty one
+        # An empty operand has no view to find, and one in shared memory none in the message.
+        if not shares and all(tensor.byte_count for tensor in plan.operands):
             self._known.remember(data, start, end, plan)
         views = [view.input, view.target]
         if plan.weight is not None:
             views.append(view.weight)
         if plan.mask is not None:
             views.append(view.mask)
-        return plan, WorkItem(plan.header, tuple(views)), view.idempotency_key
+        return plan, WorkItem(plan.header, tuple(views), places), view.idempotency_key
 
     def _plan(self, request: pb.ComputeLossRequest, view: codec.RequestView) -> JobPlan:
         plan = plan_of(check_specs(request.specs), request, view, allow_broadcast=request.allow_broadcast)
-        check_size(plan, self._max_message_bytes)
+        check_size(plan, self._max_message_bytes, has_place=request.HasField("outputs"))
         return plan
 
 
@@ -128,12 +138,13 @@ def plan_of(
     return JobPlan(specs, input, target, weight, mask, wants_totals)
 
 
-def check_size(plan: JobPlan, max_message_bytes: int) -> None:
-    """Check that result and answer fit a message. Raises TooLarge."""
-    # A broadcast can ask for far more than was sent: two vectors of a million make 10^12 elements.
+def check_size(plan: JobPlan, max_message_bytes: int, *, has_place: bool = False) -> None:
+    """Check that result and answer fit a message; without its tensors where those have a place. Raises TooLarge."""
+    # A broadcast can ask for far more than was sent: two vectors of a million make 10^12 elements. What is in shared memory
+    # may be larger than a message, and then its result may be as large.
     result_bytes = plan.element_count * plan.result_type.itemsize
-    answer_bytes = plan.output_byte_count + _RESPONSE_OVERHEAD_BYTES * len(plan.specs)
-    if result_bytes > max_message_bytes:
+    answer_bytes = _RESPONSE_OVERHEAD_BYTES * len(plan.specs) + (0 if has_place else plan.output_byte_count)
+    if result_bytes > max(max_message_bytes, *(tensor.byte_count for tensor in plan.operands)):
         raise TooLarge(
             f"the tensors broadcast to {list(plan.result_shape)}, {result_bytes} bytes; at most "
             f"{max_message_bytes} are taken; send fewer rows at a time",
