@@ -182,6 +182,7 @@ class AccumulationSession:
             last_sequence=self._state.last_sequence,
             element_count=self._state.element_count,
             max_message_bytes=self._max_message_bytes,
+            memory=self._pipeline.memory,
         )
         self._groups = GroupChecker(
             list(self._state.groups),
