@@ -41,7 +41,7 @@ NUMBERS = """
     TaggedRequest: tag=1 timeout_ns=2 request=3
     TaggedResponse: tag=1 response=2 error=3
     AccumulateLossRequest: config=1 slice=2
-    AccumulateLossResponse: slice=1 snapshot=2 total=3
+    AccumulateLossResponse: slice=1 snapshot=2 total=3 padding=15
     AccumulationConfig: specs=1 element_count=2 resume_from=3 snapshot_every_slices=4 allow_broadcast=5
     Slice: sequence=1 group=2 mask=3 weight=4 target=5 input=6
     SliceResult: sequence=1 results=2

@@ -126,8 +126,13 @@ def encode_slice_result(sequence: int, results: Sequence[Buffer]) -> list[Buffer
 
     `results` are the parts of the LossResults, each as the field numbered 2: as ComputeLossResponse has them, too.
     """
+    return [slice_result_head(sequence, sum(map(len, results))), *results]
+
+
+def slice_result_head(sequence: int, byte_count: int) -> bytes:
+    """Return all of an AccumulateLossResponse that stands before a slice's results, which take `byte_count` bytes."""
     head = scalar_field(1, sequence)
-    return [varint(_RESULT) + varint(len(head) + sum(map(len, results))) + head, *results]
+    return varint(_RESULT) + varint(len(head) + byte_count) + head
 
 
 def encode_state_response(state: Sequence[bytes], *, is_total: bool) -> list[Buffer]:

@@ -21,6 +21,7 @@ from lossgrad_api.accumulate_codec import (
     encode_slice_result,
     encode_state_response,
     parse_slice_header,
+    slice_result_head,
     split_accumulate_request,
     split_slice,
 )
@@ -91,6 +92,7 @@ __all__ = [
     "encode_stream_response",
     "parse_request_header",
     "parse_slice_header",
+    "slice_result_head",
     "split_accumulate_request",
     "split_compute_request",
     "split_slice",

@@ -255,3 +255,15 @@ def test_sums_that_are_hard_to_round_have_the_engines_bits(stub: LossServiceStub
     sum_total, mean_total = accumulate(stub, config(*specs), slices).state.overall
     assert sum_total.exact_sum.partials == (1.0 + 2.0**-52, 2.0**-53, -(2.0**-200))
     assert (sum_total.sum, mean_total.mean_over(3.0)) == (expected[0].scalar, expected[1].scalar)
+
+
+@pytest.mark.parametrize("length", [16_000, 16_384, 300_000])
+def test_a_large_gradient_is_written_where_it_is_sent_from(stub: LossServiceStub, length: int) -> None:
+    """Answers of 64 KiB and more with one tensor are computed in the message's own bytes, padding around it."""
+    spec = pb.LossSpec(smooth_l1=pb.SmoothL1Loss(beta=0.5), include_gradient=True)
+    x, y = numbers(length, 18), numbers(length, 19)
+    (expected,) = whole(stub, x, y, spec)
+    answers = accumulate(stub, config(spec, element_count=length), slice_of(1 << 40, x, y))
+    (result,) = answers.results[0].results
+    assert answers.results[0].sequence == 1 << 40
+    assert result.SerializeToString(deterministic=True) == expected.SerializeToString(deterministic=True)

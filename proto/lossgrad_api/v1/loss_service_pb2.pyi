@@ -173,14 +173,16 @@ class AccumulateLossRequest(_message.Message):
     def __init__(self, config: _Optional[_Union[AccumulationConfig, _Mapping]] = ..., slice: _Optional[_Union[Slice, _Mapping]] = ...) -> None: ...
 
 class AccumulateLossResponse(_message.Message):
-    __slots__ = ("slice", "snapshot", "total")
+    __slots__ = ("slice", "snapshot", "total", "padding")
     SLICE_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
     slice: SliceResult
     snapshot: Accumulation
     total: Accumulation
-    def __init__(self, slice: _Optional[_Union[SliceResult, _Mapping]] = ..., snapshot: _Optional[_Union[Accumulation, _Mapping]] = ..., total: _Optional[_Union[Accumulation, _Mapping]] = ...) -> None: ...
+    padding: bytes
+    def __init__(self, slice: _Optional[_Union[SliceResult, _Mapping]] = ..., snapshot: _Optional[_Union[Accumulation, _Mapping]] = ..., total: _Optional[_Union[Accumulation, _Mapping]] = ..., padding: _Optional[bytes] = ...) -> None: ...
 
 class AccumulationConfig(_message.Message):
     __slots__ = ("specs", "element_count", "resume_from", "snapshot_every_slices", "allow_broadcast")

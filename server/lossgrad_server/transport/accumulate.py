@@ -33,11 +33,11 @@ from lossgrad_server.transport.accumulate_checks import (
     check_config,
     check_losses,
 )
-from lossgrad_server.transport.answers import result_fields
+from lossgrad_server.transport.answers import answer_memory, result_fields, result_head
 from lossgrad_server.transport.call import Call, Send
 from lossgrad_server.transport.checks import malformed
 from lossgrad_server.transport.origin import CallOrigin
-from lossgrad_server.transport.pipeline import Answer, PendingRequest, RequestPipeline, joined
+from lossgrad_server.transport.pipeline import IN_PLACE_BYTES, Answer, PendingRequest, RequestPipeline, joined
 from lossgrad_server.work import SPEC_RESULT, WorkItem, WorkResult, unpack_totals
 
 API: Final = "accumulate"
@@ -182,6 +182,7 @@ class AccumulationSession:
             last_sequence=self._state.last_sequence,
             element_count=self._state.element_count,
             max_message_bytes=self._max_message_bytes,
+            memory=self._pipeline.memory,
         )
         self._groups = GroupChecker(
             list(self._state.groups),
@@ -246,7 +247,7 @@ class AccumulationSession:
     def count(self, request: _PendingSlice, computed: Computed) -> list[codec.Buffer]:
         """Add a computed slice to the state; return the parts of its answer."""
         part, result = request.part, computed.result
-        answer = codec.encode_slice_result(part.sequence, result_fields(request.item.header, result))
+        answer = request.encoded(result)
         self._state.add(part.sequence, part.group, request.plan.element_count, _totals(result))
         return answer
 
@@ -290,7 +291,7 @@ class AccumulationSession:
 class _PendingSlice(PendingRequest):
     """A slice on its way through the queue."""
 
-    __slots__ = ("_session", "part")
+    __slots__ = ("_memory", "_session", "part")
 
     def __init__(
         self,
@@ -302,6 +303,9 @@ class _PendingSlice(PendingRequest):
         started_ns: int,
         deadline: float | None,
     ) -> None:
+        self._memory = answer_memory(item.header) if plan.output_byte_count >= IN_PLACE_BYTES else None
+        if self._memory is not None:
+            item = WorkItem(item.header, item.operands, (self._memory.data,))
         super().__init__(
             pipeline, plan, item, started_ns=started_ns, api=API, deadline=deadline, on_answer=session.take_answer
         )
@@ -310,6 +314,17 @@ class _PendingSlice(PendingRequest):
 
     def _encode(self, computed: Computed) -> Sequence[codec.Buffer]:
         return self._session.count(self, computed)
+
+    def encoded(self, result: WorkResult) -> list[codec.Buffer]:
+        """Return the answer as parts to join; as one part where the worker wrote its tensor in place."""
+        header, sequence = self.item.header, self.part.sequence
+        if self._memory is not None and result.outputs[0] is self._memory.data:
+            head = result_head(header, result)
+            outer = codec.slice_result_head(sequence, len(head) + len(self._memory.data))
+            message = self._memory.finish(outer + head)
+            if message is not None:
+                return [message]
+        return codec.encode_slice_result(sequence, result_fields(header, result))
 
 
 async def _encoded(unsent: _StateToSend) -> list[codec.Buffer]:

@@ -12,6 +12,7 @@ from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_server.errors import InvalidRequest, Reason, RequestError, TooLarge
 from lossgrad_server.jobs import JobPlan, SpecPlan
 from lossgrad_server.transport.checks import check_size, check_specs, malformed, plan_of
+from lossgrad_server.transport.shared_tensors import SharedMemoryParts, has_shared_operands, with_shared_operands
 from lossgrad_server.work import WorkItem
 
 # A stream's slices are alike: the last may be shorter, or each is of one of a few sizes.
@@ -107,9 +108,17 @@ class SliceChecker:
     """Checks the slices of one stream, in their order. Slices that differ in values only are checked once."""
 
     def __init__(
-        self, config: CheckedConfig, *, last_sequence: int, element_count: int, max_message_bytes: int
+        self,
+        config: CheckedConfig,
+        *,
+        last_sequence: int,
+        element_count: int,
+        max_message_bytes: int,
+        memory: SharedMemoryParts | None = None,
     ) -> None:
+        """`memory` is what the server shares with its callers, if it shares any."""
         self._config = config
+        self._memory = memory
         self._last_sequence = 0
         self._held_sequence = last_sequence
         self._element_count = element_count
@@ -152,10 +161,14 @@ class SliceChecker:
         except codec.CodecError as error:
             raise malformed(error) from None
         config = self._config
+        shares = has_shared_operands(message)
+        if shares:
+            view = with_shared_operands(message, view, self._memory)
         plan = plan_of(config.specs, message, view, allow_broadcast=config.allow_broadcast, wants_totals=True)
         check_size(plan, self._max_message_bytes)
         self._check_shared(plan)
-        if all(tensor.byte_count for tensor in plan.operands):  # otherwise there is no view to find for the empty one
+        # An empty operand has no view to find, and one in shared memory none in the message.
+        if not shares and all(tensor.byte_count for tensor in plan.operands):
             self._known.remember(part.data, part.start, part.end, plan)
         views = (view.input, view.target, view.weight, view.mask)
         present = (True, True, plan.weight is not None, plan.mask is not None)

@@ -66,6 +66,11 @@ def result_fields(header: bytes, result: WorkResult) -> list[Buffer]:
     return response_form(header).parts(b"", result.scalars, result.outputs)
 
 
+def result_head(header: bytes, result: WorkResult) -> bytes:
+    """Return what stands before the data of the results' one tensor, for `AnswerMemory.finish`."""
+    return response_form(header).head(b"", result.scalars)
+
+
 def stats_bytes(computed: Computed, device: str) -> bytes:
     """Return the response's ComputeStats; equal for all jobs of a batch that waited equally long."""
     return encode_stats(StatsView(computed.queue_ns, *computed.batch[:5], device))

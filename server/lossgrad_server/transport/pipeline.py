@@ -186,6 +186,7 @@ class RequestPipeline:
         """`memory` is what the server shares with its callers, if it shares any."""
         self.batcher = batcher
         self.metrics = metrics
+        self.memory = memory
         self.checker = RequestChecker(max_message_bytes, memory)
         self.is_warm = False  # set once the worker is; requests before that are told to come back
         self._on_drain: set[Callable[[RequestError], None]] = set()

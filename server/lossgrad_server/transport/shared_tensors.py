@@ -1,4 +1,4 @@
-"""Tensors of a ComputeLossRequest that are in shared memory: where the operands are, and where the answer's are wanted."""
+"""Tensors of a request or a slice that are in shared memory: where the operands are, and where the answer's are wanted."""
 
 from __future__ import annotations
 
@@ -24,11 +24,16 @@ class SharedMemoryParts(Protocol):
 
 def is_shared(request: pb.ComputeLossRequest) -> bool:
     """Whether any of a request is in shared memory."""
-    return request.HasField("outputs") or any(getattr(request, name).HasField("shared_memory") for name in _OPERANDS)
+    return request.HasField("outputs") or has_shared_operands(request)
+
+
+def has_shared_operands(request: pb.ComputeLossRequest | pb.Slice) -> bool:
+    """Whether any operand is in shared memory."""
+    return any(getattr(request, name).HasField("shared_memory") for name in _OPERANDS)
 
 
 def with_shared_operands(
-    request: pb.ComputeLossRequest, view: RequestView, memory: SharedMemoryParts | None
+    request: pb.ComputeLossRequest | pb.Slice, view: RequestView, memory: SharedMemoryParts | None
 ) -> RequestView:
     """Return the request's view with the operands that are in shared memory. Raises RequestError."""
     found: dict[str, memoryview] = {}
