@@ -69,6 +69,9 @@ class Family(Protocol):
     def tensor(self, wire: WireTensor) -> Any:
         """Return a tensor of an answer as the caller's kind of array, writable and its own."""
 
+    def adopt(self, wire: WireTensor) -> Any:
+        """Return a tensor over bytes that are writable and nobody else's, without copying them if that can be."""
+
     def scalar(self, value: float, data_type: int) -> Any:
         """Return a scalar loss in the caller's kind, rounded to the data type."""
 
@@ -97,6 +100,13 @@ class NumpyFamily:
             # Without a dtype object for it, float32 holds every bfloat16 exactly.
             return (array.astype(np.uint32) << 16).view(np.float32) if dtype is None else array.view(dtype)
         return array
+
+    def adopt(self, wire: WireTensor) -> Any:
+        """Return an array over these bytes."""
+        data_type, shape, data = wire
+        if not data or data_type == BFLOAT16:
+            return self.tensor(wire)
+        return np.frombuffer(data, _DTYPES[data_type]).reshape(shape)
 
     def scalar(self, value: float, data_type: int) -> Any:
         """Return a scalar loss as a NumPy scalar."""
@@ -180,6 +190,19 @@ def promote(first: int, second: int) -> int:
         return second
     # The numbers ascend with the range, save float16 and bfloat16, which meet in float32.
     return max(first, second, FLOAT32)
+
+
+def broadcast_shapes(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the shape that both broadcast to, as NumPy and torch do it; None where there is none."""
+    if first == second:
+        return first
+    rank = max(len(first), len(second))
+    shape = []
+    for a, b in zip((1,) * (rank - len(first)) + first, (1,) * (rank - len(second)) + second, strict=True):
+        if a not in (b, 1) and b != 1:
+            return None
+        shape.append(b if a == 1 else a)
+    return tuple(shape)
 
 
 def refuse(name: str, type_name: str, advice: str | None = None) -> InvalidRequest:

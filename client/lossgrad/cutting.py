@@ -1,0 +1,212 @@
+"""Cutting tensors into slices that fit a message, so that their totals and gradients are those of the whole, to the bit.
+
+The engine sums each 4096 elements of a request by themselves (docs/semantics.md). So slices begin at multiples of 4096
+elements of the result; slices for per-sample reductions, at any row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+
+from lossgrad.errors import InvalidRequest, RequestTooLarge
+from lossgrad.losses import Loss
+from lossgrad.sources import Source
+from lossgrad.tensors import ITEMSIZES, broadcast_shapes, promote
+from lossgrad_api.codec import WireTensor
+
+CHUNK_ELEMENTS: Final = 4096
+# All of a message that is not tensor data: a slice's is far smaller, and so is its answer's.
+OVERHEAD_BYTES: Final = 32 * 1024
+# Two vectors of a million broadcast to 10^12 elements: nobody wants that computed slice by slice.
+_MOST_EXPANSION: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """The arrays of one request that is to be cut."""
+
+    input: Source
+    target: Source
+    weight: Source | None = None
+    mask: Source | None = None
+
+    def given(self) -> list[Source]:
+        """Return those that there are."""
+        return [each for each in (self.input, self.target, self.weight, self.mask) if each is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class CutSlice:
+    """The operands of one slice: the elements from `start` to before `stop` of the result."""
+
+    start: int
+    stop: int
+    input: WireTensor
+    target: WireTensor
+    weight: WireTensor | None
+    mask: WireTensor | None
+
+
+class Cut:
+    """How operands are cut. Raises InvalidRequest and RequestTooLarge where they cannot be.
+
+    `slice_bytes` is the size to aim at, for a request and for its answer; slices that must be larger may be, up to
+    `max_message_bytes`. `shape` is the result's.
+    """
+
+    def __init__(
+        self,
+        operands: Operands,
+        losses: Sequence[Loss],
+        *,
+        allow_broadcast: bool,
+        slice_bytes: int,
+        max_message_bytes: int,
+    ) -> None:
+        self.operands = operands
+        self.shape = _result_shape(operands, allow_broadcast)
+        self.element_count = math.prod(self.shape)
+        self._is_even = all(each.shape == self.shape for each in operands.given())
+        self._is_by_row = any(loss.reduction.startswith("sample") for loss in losses)
+        if self._is_by_row and not self.shape:
+            raise InvalidRequest(
+                "a per-sample reduction needs at least one dimension, the result has shape []",
+                reason="BAD_SHAPE",
+                field="reduction",
+            )
+        self.result_type = promote(operands.input.data_type, operands.target.data_type)
+        most_bytes = max_message_bytes - OVERHEAD_BYTES
+        if self._is_even and not self._is_by_row:
+            unit_bytes = CHUNK_ELEMENTS * max(
+                sum(each.itemsize for each in operands.given()), self._answer_bytes(losses)
+            )
+            self._check_unit(
+                unit_bytes, most_bytes, f"{CHUNK_ELEMENTS} elements", self.element_count, max_message_bytes
+            )
+            self._step = CHUNK_ELEMENTS * _units(slice_bytes, most_bytes, unit_bytes)
+            return
+        if not self._is_even:
+            self._check_broadcast(losses)
+        row_elements = math.prod(self.shape[1:])
+        is_summed = any(not loss.reduction.startswith("sample") for loss in losses)
+        unit_rows = CHUNK_ELEMENTS // math.gcd(row_elements, CHUNK_ELEMENTS) if is_summed and row_elements else 1
+        cut = [each for each in operands.given() if self._has_rows(each)]
+        fixed_bytes = sum(each.byte_count for each in operands.given() if not self._has_rows(each))
+        row_bytes = max(
+            sum(each.itemsize * math.prod(each.shape[1:]) for each in cut), row_elements * self._answer_bytes(losses)
+        )
+        what = "one row" if unit_rows == 1 else f"{unit_rows} rows"
+        self._check_unit(unit_rows * row_bytes + fixed_bytes, most_bytes, what, self.element_count, max_message_bytes)
+        units = _units(slice_bytes - fixed_bytes, most_bytes - fixed_bytes, unit_rows * row_bytes)
+        self._step = units * unit_rows * row_elements
+
+    def slices(self) -> Iterator[CutSlice]:
+        """Give the slices one after the other; each is read when it is asked for."""
+        operands = self.operands
+        if not self.element_count:
+            yield CutSlice(0, 0, *(None if each is None else each.whole() for each in _four(operands)))  # type: ignore[arg-type]
+            return
+        is_flat = self._is_even and not self._is_by_row
+        row_elements = 1 if is_flat else math.prod(self.shape[1:])
+        for start in range(0, self.element_count, self._step):
+            stop = min(start + self._step, self.element_count)
+            tensors = (
+                None
+                if each is None
+                else each.flat(start, stop)
+                if is_flat
+                else each.rows(start // row_elements, stop // row_elements)
+                if self._has_rows(each)
+                else each.whole()
+                for each in _four(operands)
+            )
+            yield CutSlice(start, stop, *tensors)  # type: ignore[arg-type]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is one slice only."""
+        return self.element_count <= self._step
+
+    def _has_rows(self, source: Source) -> bool:
+        return len(source.shape) == len(self.shape) and source.shape[:1] == self.shape[:1]
+
+    def _answer_bytes(self, losses: Sequence[Loss]) -> int:
+        """Return the bytes of an answer for each element of the result, at most."""
+        each_gradient = self.operands.input.itemsize + self.operands.target.itemsize
+        return sum(
+            (ITEMSIZES[self.result_type] if loss.reduction == "none" else 0) + (each_gradient if loss.gradient else 0)
+            for loss in losses
+        )
+
+    def _check_unit(self, unit_bytes: int, most_bytes: int, what: str, elements: int, limit: int) -> None:
+        if unit_bytes > most_bytes and elements:
+            raise RequestTooLarge(
+                f"this request takes {sum(each.byte_count for each in self.operands.given())} bytes, the limit is {limit}, and "
+                f"its smallest slice ({what} of shape {list(self.shape)}) takes {unit_bytes}; send fewer losses or elements at "
+                "a time, or raise max_message_bytes here and LOSSGRAD_MAX_MESSAGE_BYTES on the server",
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "MESSAGE_TOO_LARGE",
+            )
+
+    def _check_broadcast(self, losses: Sequence[Loss]) -> None:
+        operands = self.operands
+        if self.element_count > _MOST_EXPANSION * sum(each.element_count for each in operands.given()):
+            raise RequestTooLarge(
+                f"the tensors broadcast to {list(self.shape)}, {self.element_count} elements, which do not fit one message; "
+                f"with so many from so few (above {_MOST_EXPANSION} times), cut them yourself if it is meant",
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "RESULT_TOO_LARGE",
+            )
+        for source, name in ((operands.input, "input"), (operands.target, "target")):
+            if any(loss.gradient for loss in losses) and not self._has_rows(source):
+                raise RequestTooLarge(
+                    f"{name} has shape {list(source.shape)} and is broadcast over the first dimension of {list(self.shape)}; the "
+                    "request does not fit one message, and the gradient of what is broadcast so cannot be put together from "
+                    f"slices: expand {name} to {list(self.shape)}, or leave the gradient out",
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    "MESSAGE_TOO_LARGE",
+                )
+
+
+def _four(operands: Operands) -> tuple[Source | None, ...]:
+    return operands.input, operands.target, operands.weight, operands.mask
+
+
+def _units(aim_bytes: int, most_bytes: int, unit_bytes: int) -> int:
+    """Return how many units a slice has: as many as fit the size to aim at, at least one."""
+    return max(1, min(aim_bytes, most_bytes) // max(1, unit_bytes))
+
+
+def _result_shape(operands: Operands, allow_broadcast: bool) -> tuple[int, ...]:
+    input, target = operands.input.shape, operands.target.shape
+    if input != target and not allow_broadcast:
+        raise InvalidRequest(
+            f"target has shape {list(target)}, input {list(input)}; send equal shapes, or set allow_broadcast if broadcasting "
+            "is meant",
+            reason="SHAPE_MISMATCH",
+            field="target.shape",
+        )
+    shape = broadcast_shapes(input, target)
+    if shape is None:
+        raise InvalidRequest(
+            f"target has shape {list(target)}, input {list(input)}, which do not broadcast; dimensions, counted from the last, "
+            "must be equal or 1",
+            reason="SHAPE_MISMATCH",
+            field="target.shape",
+        )
+    for source in (operands.weight, operands.mask):
+        if source is not None and not (
+            source.shape == shape or (allow_broadcast and broadcast_shapes(source.shape, shape) == shape)
+        ):
+            hint = "one that broadcasts to it" if allow_broadcast else "set allow_broadcast if broadcasting is meant"
+            raise InvalidRequest(
+                f"{source.name} has shape {list(source.shape)}, the result {list(shape)}; send the result's shape, or {hint}",
+                reason="SHAPE_MISMATCH",
+                field=f"{source.name}.shape",
+            )
+    return shape
