@@ -41,14 +41,14 @@ NUMBERS = """
     TaggedResponse: tag=1 response=2 error=3
     AccumulateLossRequest: config=1 slice=2
     AccumulateLossResponse: slice=1 snapshot=2 total=3
-    AccumulationConfig: specs=1 element_count=2 resume_from=3 snapshot_every_slices=4
+    AccumulationConfig: specs=1 element_count=2 resume_from=3 snapshot_every_slices=4 allow_broadcast=5
     Slice: sequence=1 group=2 mask=3 weight=4 target=5 input=6
     SliceResult: sequence=1 results=2
-    Accumulation: last_sequence=1 groups=2
+    Accumulation: last_sequence=1 groups=2 specs=3 element_count=4
     GroupState: group=1 states=2
-    LossState: partial_sums=1 element_count=2 weight_sum=3 min=4 max=5 nonfinite_count=6
+    LossState: partial_sums=1 element_count=2 weight_sum=3 min=4 max=5 nonfinite_count=6 weight_partial_sums=7
     GetServerInfoResponse: server_version=1 torch_version=2 device=3 data_types=4 limits=5 determinism=6
-    ServerLimits: max_message_bytes=1 max_queued_requests=2 max_queued_bytes=3 max_stream_requests=4
+    ServerLimits: max_message_bytes=1 max_queued_requests=2 max_queued_bytes=3 max_stream_requests=4 max_groups=5
 """
 
 
