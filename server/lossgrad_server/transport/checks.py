@@ -111,7 +111,7 @@ class RequestChecker:
             _check_beside("mask", mask.shape, shape, request.allow_broadcast)
         for index, spec in enumerate(specs):
             _check_spec_fits(index, spec, input, shape)
-        plan = JobPlan(specs, input, target, weight, mask)
+        plan = JobPlan(specs, input, target, weight, mask, any(spec.include_total for spec in specs))
         self._check_size(plan)
         return plan
 
@@ -187,7 +187,22 @@ def _check_spec(path: str, spec: pb.LossSpec) -> SpecPlan:
     gradient_scale = spec.gradient_scale if spec.HasField("gradient_scale") else 1.0
     if not math.isfinite(gradient_scale):
         raise _bad_parameter(f"{path}.gradient_scale", gradient_scale, "finite")
-    return SpecPlan(_KINDS[function], parameter, reduction, spec.include_gradient, denominator, gradient_scale)
+    if spec.include_total and reduction.is_per_sample:
+        raise InvalidRequest(
+            f"{path}.include_total is set, but its reduction is {reduction.name.lower()}, which has no total; leave it "
+            "out, or ask for none, mean or sum",
+            reason=Reason.BAD_PARAMETER,
+            field=f"{path}.include_total",
+        )
+    return SpecPlan(
+        _KINDS[function],
+        parameter,
+        reduction,
+        spec.include_gradient,
+        denominator,
+        gradient_scale,
+        spec.include_total,
+    )
 
 
 def _check_reduction(path: str, number: int) -> Reduction:
