@@ -18,7 +18,9 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from lossgrad.accumulation import Accumulation
 from lossgrad.aio import AsyncLossClient
+from lossgrad.checkpoint import Checkpoint
 from lossgrad.client import LossClient
 from lossgrad.embedded import embedded
 from lossgrad.errors import (
@@ -33,6 +35,8 @@ from lossgrad.errors import (
     Unavailable,
 )
 from lossgrad.losses import L1, MSE, Huber, Loss, SmoothL1
+from lossgrad.progress import Progress
+from lossgrad.report import BatchError, BatchResult, EvaluationReport, LossSummary, Throughput
 from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing
 
 if TYPE_CHECKING:
@@ -47,21 +51,29 @@ except PackageNotFoundError:  # the source tree, not installed
 __all__ = [
     "L1",
     "MSE",
+    "Accumulation",
     "AsyncLossClient",
+    "BatchError",
+    "BatchResult",
     "Cancelled",
+    "Checkpoint",
     "DeadlineExceeded",
+    "EvaluationReport",
     "Huber",
     "InvalidRequest",
     "Loss",
     "LossClient",
     "LossResult",
+    "LossSummary",
     "LossgradError",
     "Overloaded",
+    "Progress",
     "RequestTooLarge",
     "ServerError",
     "ServerInfo",
     "ServerLimits",
     "SmoothL1",
+    "Throughput",
     "Timing",
     "Unauthenticated",
     "Unavailable",

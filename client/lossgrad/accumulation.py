@@ -75,7 +75,8 @@ class Accumulation:
                 raise TypeError(f"merge got a {type(other).__name__}; give Accumulations, such as report.accumulation")
             if other.losses != self.losses:
                 raise InvalidRequest(
-                    f"one accumulation is of {list(self.losses)}, another of {list(other.losses)}; merge those of the same "
+                    f"one accumulation is of {list(self.losses)}, another of {list(other.losses)}; merge those of "
+                    "the same "
                     "losses in the same order",
                     reason="BAD_STATE",
                     field="losses",

@@ -9,6 +9,7 @@ iterable, packing and unpacking stay in the caller's task. Concurrent small call
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from lossgrad.calls import (
 from lossgrad.channel import ChannelSettings, connect_aio
 from lossgrad.coalescer import Coalescer
 from lossgrad.errors import Cancelled, LossgradError, from_rpc_error
+from lossgrad.evaluating import AsyncEvaluateMethods
 from lossgrad.feed import ComputeOptions, OnError, PairFeed, StreamOptions
 from lossgrad.loss_methods import LossMethods
 from lossgrad.losses import Loss
@@ -42,7 +44,7 @@ from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWi
 from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
 
 
-class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
+class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluateMethods):
     """LossClient for asyncio: the same arguments, methods and results, awaited. Use it as an async context manager.
 
     Calls with small tensors that are under way at the same time travel together, many to a message, which takes a small
@@ -64,7 +66,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
         max_message_bytes: int | None = None,
         coalesce: bool | None = None,
     ) -> None:
-        self._settings = ChannelSettings.resolve(
+        settings = ChannelSettings.resolve(
             target,
             token=token,
             tls=tls,
@@ -76,6 +78,10 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             max_message_bytes=max_message_bytes,
             coalesce=coalesce,
         )
+        self._set_up(settings)
+
+    def _set_up(self, settings: ChannelSettings) -> None:
+        self._settings = settings
         self._metadata = self._settings.metadata
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: _Connection | None = None
@@ -251,7 +257,8 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             self._loop = loop
         elif self._loop is not loop:
             raise RuntimeError(
-                "this AsyncLossClient belongs to another event loop, the one in which it was first used; make one client "
+                "this AsyncLossClient belongs to another event loop, the one in which it was first used; make one "
+                "client "
                 "in each asyncio.run(), or use LossClient from several threads"
             )
 
@@ -318,6 +325,11 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             await asyncio.sleep(delay)
             await stream.send(window.resend())
             return
+
+    def _at(self, target: str) -> AsyncLossClient:
+        client = AsyncLossClient.__new__(AsyncLossClient)
+        client._set_up(dataclasses.replace(self._settings, target=target))
+        return client
 
     def _open_stream(self) -> Any:
         return self._connected().stream(timeout=None, metadata=self._metadata)

@@ -51,7 +51,8 @@ class BatchReader:
         for name, selector in self._selectors.items():
             if selector is not None and not (isinstance(selector, (str, Integral)) or callable(selector)):
                 raise TypeError(
-                    f"{name} is a {type(selector).__name__}; it says where the {name} is in a batch: give a key, an index, or "
+                    f"{name} is a {type(selector).__name__}; it says where the {name} is in a batch: give a key, an "
+                    "index, or "
                     "a function of the batch"
                 )
         self._is_plain = not any(selector is not None for selector in self._selectors.values())
@@ -96,7 +97,7 @@ def group_name(group: Any) -> str | None:
     """Return the name of one group; None where `group` is one for each row instead."""
     if isinstance(group, str):
         return group
-    if isinstance(group, (list, tuple)) or getattr(group, "shape", ()):
+    if isinstance(group, (list, tuple)) or getattr(group, "shape", None):
         return None
     if hasattr(group, "item"):  # a NumPy scalar, or an array or tensor without dimensions
         group = group.item()
@@ -116,7 +117,8 @@ def _find_by_default(batch: Any, name: str) -> Any:
         found = None
     if found is None and name in _REQUIRED:
         raise InvalidRequest(
-            f"the batch is {_describe(batch)}; give (input, target) or a mapping with the keys 'input' and 'target', or say "
+            f"the batch is {_describe(batch)}; give (input, target) or a mapping with the keys 'input' and 'target', "
+            "or say "
             f"where it is: {name}=, as a key, an index or a function of the batch",
             reason="MISSING_FIELD",
             field=name,
@@ -133,7 +135,9 @@ def _describe(batch: Any) -> str:
 
 def _is_list_of_arrays(value: Any) -> bool:
     """Whether it is a list of tensors, each to be evaluated by itself, and not just numbers in lists."""
-    return isinstance(value, (list, tuple)) and bool(value) and all(getattr(each, "shape", ()) for each in value)
+    return (
+        isinstance(value, (list, tuple)) and bool(value) and all(bool(getattr(each, "shape", None)) for each in value)
+    )
 
 
 def _parts_of_lists(inputs: Any, targets: Any, weights: Any, masks: Any, group: Any) -> list[Part]:
@@ -145,15 +149,19 @@ def _parts_of_lists(inputs: Any, targets: Any, weights: Any, masks: Any, group: 
         elif not isinstance(values, (list, tuple)) or len(values) != count:
             size = f" of {len(values)}" if isinstance(values, (list, tuple)) else ""
             raise InvalidRequest(
-                f"input is a list of {count} arrays, {name} a {type(values).__name__}{size}; give a list of {count} too",
+                f"input is a list of {count} arrays, {name} a {type(values).__name__}{size}; give a list of {count} "
+                "too",
                 reason="SHAPE_MISMATCH",
                 field=name,
             )
         else:
             columns.append(values)
-    name = "" if group is None else group_name(group)
-    columns.append([name] * count if name is not None else _names_of(group, count, "arrays"))
-    return [Part(*each, entry=entry) for entry, each in enumerate(zip(*columns, strict=True))]
+    one = "" if group is None else group_name(group)
+    names = _names_of(group, count, "arrays") if one is None else [one] * count
+    return [
+        Part(input, target, weight, mask, name, entry)
+        for entry, (input, target, weight, mask, name) in enumerate(zip(*columns, names, strict=True))
+    ]
 
 
 def _parts_by_row(input: Any, target: Any, weight: Any, mask: Any, group: Any) -> list[Part]:
@@ -169,12 +177,14 @@ def _parts_by_row(input: Any, target: Any, weight: Any, mask: Any, group: Any) -
     names = _names_of(group, rows, "rows")
     distinct = list(dict.fromkeys(names))
     if len(distinct) <= 1:
-        return [Part(input, target, weight, mask, *distinct)]
+        return [Part(input, target, weight, mask, distinct[0] if distinct else "")]
     places = np.asarray(names, dtype=object)
-    return [
-        Part(*(_take(each, index, rank, rows) for each in operands), group=name, rows=index)
-        for name, index in ((name, np.flatnonzero(places == name)) for name in distinct)
-    ]
+    parts = []
+    for name in distinct:
+        index = np.flatnonzero(places == name)
+        input, target, weight, mask = (_take(each, index, rank, rows) for each in operands)
+        parts.append(Part(input, target, weight, mask, name, rows=index))
+    return parts
 
 
 def _names_of(group: Any, count: int, what: str) -> list[str]:

@@ -89,7 +89,7 @@ class Request:
         )
 
     def _result(self, spec: Loss, result: ResultView, timing: Timing, idempotency_key: str) -> LossResult:
-        value, tensor, element_count, weight_sum, nonfinite_count, target_gradient, gradient = result
+        value, tensor, element_count, weight_sum, nonfinite_count, target_gradient, gradient, _ = result
         family = self.input_family
         if value is not None:
             loss = family.scalar(value, self.result_type)
@@ -145,7 +145,8 @@ def as_losses(losses: Losses) -> tuple[tuple[Loss, ...], bool]:
     for loss in several:
         if not isinstance(loss, Loss):
             raise InvalidRequest(
-                f"losses holds {loss!r} ({type(loss).__name__}); give lossgrad.SmoothL1(), Huber(), L1() or MSE(), or a "
+                f"losses holds {loss!r} ({type(loss).__name__}); give lossgrad.SmoothL1(), Huber(), L1() or MSE(), "
+                "or a "
                 "list of them",
                 reason="UNKNOWN_LOSS",
                 field="losses",
@@ -195,13 +196,12 @@ def encode(
     weight: Any = None,
     mask: Any = None,
     allow_broadcast: bool = False,
-    include_totals: bool = False,
     idempotency_key: str = "",
 ) -> Encoded:
     """Return the message for these tensors. `specs` are serialised LossSpecs. Raises InvalidRequest and RequestTooLarge."""
     form_key: tuple[Any, ...] | None = None
     if weight is None and mask is None and not idempotency_key and is_plain(input) and is_plain(target):
-        form_key = (input.dtype, input.shape, target.dtype, target.shape, allow_broadcast, include_totals, *specs)
+        form_key = (input.dtype, input.shape, target.dtype, target.shape, allow_broadcast, *specs)
         form = _forms.get(form_key)
         if form is not None:
             target_head, input_head, byte_count, element_count, result_type = form
@@ -219,7 +219,6 @@ def encode(
         weight=None if weight is None else read_weight(weight),
         mask=None if mask is None else read_mask(mask),
         allow_broadcast=allow_broadcast,
-        include_totals=include_totals,
         idempotency_key=idempotency_key,
     )
     byte_count = sum(map(len, parts))
@@ -239,7 +238,8 @@ def encode(
 def _check_size(byte_count: int, max_message_bytes: int) -> None:
     if byte_count > max_message_bytes:
         raise RequestTooLarge(
-            f"this request takes {byte_count} bytes, the limit is {max_message_bytes}; send fewer elements at a time, or "
+            f"this request takes {byte_count} bytes, the limit is {max_message_bytes}; send fewer elements at a "
+            "time, or "
             "raise max_message_bytes here and LOSSGRAD_MAX_MESSAGE_BYTES on the server",
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             "MESSAGE_TOO_LARGE",

@@ -7,6 +7,7 @@ moves received messages into a queue; the caller's iterable, packing and unpacki
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import time
@@ -32,6 +33,7 @@ from lossgrad.calls import (
 )
 from lossgrad.channel import ChannelSettings, connect
 from lossgrad.errors import LossgradError, from_rpc_error
+from lossgrad.evaluating import EvaluateMethods
 from lossgrad.feed import ComputeOptions, OnError, PairFeed, StreamOptions
 from lossgrad.loss_methods import LossMethods
 from lossgrad.losses import Loss
@@ -54,7 +56,7 @@ class Channel(Protocol):
         """End everything under way."""
 
 
-class LossClient(LossMethods[LossResult]):
+class LossClient(LossMethods[LossResult], EvaluateMethods):
     """Computes losses on a lossgrad server. Use it as a context manager, or call `close`.
 
     Every argument left out is read from its environment variable, LOSSGRAD_TARGET and so on.
@@ -353,6 +355,11 @@ class LossClient(LossMethods[LossResult]):
             time.sleep(delay)
             stream.send(window.resend())
             return
+
+    def _at(self, target: str) -> LossClient:
+        client = LossClient.__new__(LossClient)
+        client._set_up(dataclasses.replace(self._settings, target=target), None)
+        return client
 
     def _open_stream(self, messages: Iterator[bytes]) -> Any:
         return self._connected().stream(messages, timeout=None, metadata=self._metadata)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import grpc
 
 from lossgrad.errors import InvalidRequest, RequestTooLarge
 from lossgrad.losses import Loss
 from lossgrad.sources import Source
-from lossgrad.tensors import ITEMSIZES, broadcast_shapes, promote
+from lossgrad.tensors import ITEMSIZES, broadcast_shapes, is_number, promote, weak_operand
 from lossgrad_api.codec import WireTensor
 
 CHUNK_ELEMENTS: Final = 4096
@@ -35,6 +35,27 @@ class Operands:
     weight: Source | None = None
     mask: Source | None = None
 
+    @classmethod
+    def of(cls, input: Any, target: Any, weight: Any = None, mask: Any = None) -> Operands:
+        """Return the operands for these arrays. A Python number takes the other's type, a list the other's family."""
+        if is_number(input) and not is_number(target):
+            second = Source(target, "target")
+            first = Source.of_wire(weak_operand(input, second.data_type, "input"), second.family, "input")
+        else:
+            first = Source(input, "input")
+            if is_number(target) and not is_number(input):
+                second = Source.of_wire(weak_operand(target, first.data_type, "target"), first.family, "target")
+            else:
+                second = Source(target, "target")
+                if isinstance(input, (list, tuple)):
+                    first.family = second.family
+        return cls(
+            first,
+            second,
+            None if weight is None else Source(weight, "weight"),
+            None if mask is None else Source(mask, "mask"),
+        )
+
     def given(self) -> list[Source]:
         """Return those that there are."""
         return [each for each in (self.input, self.target, self.weight, self.mask) if each is not None]
@@ -42,10 +63,15 @@ class Operands:
 
 @dataclass(frozen=True, slots=True)
 class CutSlice:
-    """The operands of one slice: the elements from `start` to before `stop` of the result."""
+    """The operands of one slice: the elements from `start` to before `stop` of the result.
+
+    `input_range` and `target_range` are where the operands' elements are in theirs.
+    """
 
     start: int
     stop: int
+    input_range: tuple[int, int]
+    target_range: tuple[int, int]
     input: WireTensor
     target: WireTensor
     weight: WireTensor | None
@@ -81,7 +107,8 @@ class Cut:
             )
         self.result_type = promote(operands.input.data_type, operands.target.data_type)
         most_bytes = max_message_bytes - OVERHEAD_BYTES
-        if self._is_even and not self._is_by_row:
+        self._is_flat = self._is_even and not self._is_by_row
+        if self._is_flat:
             unit_bytes = CHUNK_ELEMENTS * max(
                 sum(each.itemsize for each in operands.given()), self._answer_bytes(losses)
             )
@@ -108,24 +135,41 @@ class Cut:
     def slices(self) -> Iterator[CutSlice]:
         """Give the slices one after the other; each is read when it is asked for."""
         operands = self.operands
-        if not self.element_count:
-            yield CutSlice(0, 0, *(None if each is None else each.whole() for each in _four(operands)))  # type: ignore[arg-type]
-            return
-        is_flat = self._is_even and not self._is_by_row
-        row_elements = 1 if is_flat else math.prod(self.shape[1:])
-        for start in range(0, self.element_count, self._step):
+        row_elements = math.prod(self.shape[1:])
+        for start in range(0, max(1, self.element_count), max(1, self._step)):
             stop = min(start + self._step, self.element_count)
-            tensors = (
-                None
-                if each is None
-                else each.flat(start, stop)
-                if is_flat
-                else each.rows(start // row_elements, stop // row_elements)
-                if self._has_rows(each)
-                else each.whole()
-                for each in _four(operands)
+            ranges = [
+                None if each is None else self._range(each, start, stop, row_elements)
+                for each in (operands.input, operands.target, operands.weight, operands.mask)
+            ]
+            input, target, weight, mask = (
+                None if each is None or place is None else self._take(each, *place)
+                for each, place in zip(
+                    (operands.input, operands.target, operands.weight, operands.mask), ranges, strict=True
+                )
             )
-            yield CutSlice(start, stop, *tensors)  # type: ignore[arg-type]
+            assert input is not None  # noqa: S101 - for the type checker
+            assert target is not None  # noqa: S101
+            assert ranges[0] is not None  # noqa: S101
+            assert ranges[1] is not None  # noqa: S101
+            yield CutSlice(start, stop, ranges[0], ranges[1], input, target, weight, mask)
+
+    def _range(self, source: Source, start: int, stop: int, row_elements: int) -> tuple[int, int]:
+        """Return where a source's elements for a range of the result's are."""
+        if source.shape == self.shape:
+            return start, stop
+        if not self._has_rows(source) or not row_elements:
+            return 0, source.element_count
+        own_row_elements = math.prod(source.shape[1:])
+        return start // row_elements * own_row_elements, stop // row_elements * own_row_elements
+
+    def _take(self, source: Source, start: int, stop: int) -> WireTensor:
+        if self._is_flat and self.shape:
+            return source.flat(start, stop)
+        if not self._has_rows(source) or not self.element_count:
+            return source.whole()
+        own_row_elements = math.prod(source.shape[1:])
+        return source.rows(start // own_row_elements, stop // own_row_elements)
 
     @property
     def is_whole(self) -> bool:
@@ -146,8 +190,10 @@ class Cut:
     def _check_unit(self, unit_bytes: int, most_bytes: int, what: str, elements: int, limit: int) -> None:
         if unit_bytes > most_bytes and elements:
             raise RequestTooLarge(
-                f"this request takes {sum(each.byte_count for each in self.operands.given())} bytes, the limit is {limit}, and "
-                f"its smallest slice ({what} of shape {list(self.shape)}) takes {unit_bytes}; send fewer losses or elements at "
+                f"this request takes {sum(each.byte_count for each in self.operands.given())} bytes, the limit is "
+                f"{limit}, and "
+                f"its smallest slice ({what} of shape {list(self.shape)}) takes {unit_bytes}; send fewer losses or "
+                "elements at "
                 "a time, or raise max_message_bytes here and LOSSGRAD_MAX_MESSAGE_BYTES on the server",
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 "MESSAGE_TOO_LARGE",
@@ -157,7 +203,8 @@ class Cut:
         operands = self.operands
         if self.element_count > _MOST_EXPANSION * sum(each.element_count for each in operands.given()):
             raise RequestTooLarge(
-                f"the tensors broadcast to {list(self.shape)}, {self.element_count} elements, which do not fit one message; "
+                f"the tensors broadcast to {list(self.shape)}, {self.element_count} elements, which do not fit one "
+                "message; "
                 f"with so many from so few (above {_MOST_EXPANSION} times), cut them yourself if it is meant",
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 "RESULT_TOO_LARGE",
@@ -165,16 +212,14 @@ class Cut:
         for source, name in ((operands.input, "input"), (operands.target, "target")):
             if any(loss.gradient for loss in losses) and not self._has_rows(source):
                 raise RequestTooLarge(
-                    f"{name} has shape {list(source.shape)} and is broadcast over the first dimension of {list(self.shape)}; the "
-                    "request does not fit one message, and the gradient of what is broadcast so cannot be put together from "
+                    f"{name} has shape {list(source.shape)} and is broadcast over the first dimension of "
+                    f"{list(self.shape)}; the "
+                    "request does not fit one message, and the gradient of what is broadcast so cannot be put "
+                    "together from "
                     f"slices: expand {name} to {list(self.shape)}, or leave the gradient out",
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     "MESSAGE_TOO_LARGE",
                 )
-
-
-def _four(operands: Operands) -> tuple[Source | None, ...]:
-    return operands.input, operands.target, operands.weight, operands.mask
 
 
 def _units(aim_bytes: int, most_bytes: int, unit_bytes: int) -> int:
@@ -186,7 +231,8 @@ def _result_shape(operands: Operands, allow_broadcast: bool) -> tuple[int, ...]:
     input, target = operands.input.shape, operands.target.shape
     if input != target and not allow_broadcast:
         raise InvalidRequest(
-            f"target has shape {list(target)}, input {list(input)}; send equal shapes, or set allow_broadcast if broadcasting "
+            f"target has shape {list(target)}, input {list(input)}; send equal shapes, or set allow_broadcast if "
+            "broadcasting "
             "is meant",
             reason="SHAPE_MISMATCH",
             field="target.shape",
@@ -194,7 +240,8 @@ def _result_shape(operands: Operands, allow_broadcast: bool) -> tuple[int, ...]:
     shape = broadcast_shapes(input, target)
     if shape is None:
         raise InvalidRequest(
-            f"target has shape {list(target)}, input {list(input)}, which do not broadcast; dimensions, counted from the last, "
+            f"target has shape {list(target)}, input {list(input)}, which do not broadcast; dimensions, counted from "
+            "the last, "
             "must be equal or 1",
             reason="SHAPE_MISMATCH",
             field="target.shape",
@@ -205,7 +252,8 @@ def _result_shape(operands: Operands, allow_broadcast: bool) -> tuple[int, ...]:
         ):
             hint = "one that broadcasts to it" if allow_broadcast else "set allow_broadcast if broadcasting is meant"
             raise InvalidRequest(
-                f"{source.name} has shape {list(source.shape)}, the result {list(shape)}; send the result's shape, or {hint}",
+                f"{source.name} has shape {list(source.shape)}, the result {list(shape)}; send the result's shape, "
+                f"or {hint}",
                 reason="SHAPE_MISMATCH",
                 field=f"{source.name}.shape",
             )

@@ -1,4 +1,4 @@
-"""What `evaluate` gives back: an EvaluationReport, and the values it is made of. Their HTML: report_html.py; plots: plots.py."""
+"""What `evaluate` gives back: an EvaluationReport and the values it is made of. HTML: report_html.py, plots: plots.py."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class EvaluationReport:
         return json.dumps(_jsonable(self.to_dict()), indent=indent, allow_nan=False)
 
     def to_pandas(self, what: str = "groups") -> Any:
-        """Return a pandas.DataFrame with one row for each loss of each group, the total's group being None.
+        """Return a pandas.DataFrame with one row for each loss of each group, the total's group being missing.
 
         `what="batches"` gives one row for each loss of each batch that was kept. Needs pandas.
         """

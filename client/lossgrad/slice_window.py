@@ -1,4 +1,4 @@
-"""The window of an evaluation: slices on their way over one stream or several, sent again until answered. No I/O, no threads.
+"""The window of an evaluation: slices on their way, over one stream or several, sent again until answered. No I/O.
 
 A lane is one stream to one server. Slices are independent of each other, and it makes no difference which lane computes
 one, nor how often it is sent: its outcome is delivered once. So whatever fails in passing (a broken stream, a full queue, a
@@ -144,8 +144,8 @@ class SliceWindow:
         lane.heard_at = self._clock()
         try:
             outcomes = decode_stream_response(message)
-        except CodecError as error:
-            raise ServerError(f"the server's answer cannot be read: {error}") from error
+        except CodecError as failure:
+            raise ServerError(f"the server's answer cannot be read: {failure}") from failure
         for tag, outcome in outcomes:
             request = lane.sent.pop(tag, None)
             if request is None:

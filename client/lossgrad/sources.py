@@ -28,7 +28,16 @@ class Source:
         self.element_count = math.prod(self.shape)
         self.itemsize = ITEMSIZES[self.data_type]
         self._array = array
-        self._data = self._read(array).data if _lies_flat(array) and name != "weight" else None
+        self._data: Buffer | None = self._read(array).data if _lies_flat(array) and name != "weight" else None
+
+    @classmethod
+    def of_wire(cls, wire: WireTensor, family: Family, name: str) -> Source:
+        """Return a tensor that was read already as a source."""
+        source = cls.__new__(cls)
+        source.name, source.shape, source.data_type, source.family = name, wire.shape, wire.data_type, family
+        source.element_count, source.itemsize = math.prod(wire.shape), ITEMSIZES[wire.data_type]
+        source._array, source._data = None, wire.data
+        return source
 
     @property
     def byte_count(self) -> int:

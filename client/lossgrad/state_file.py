@@ -1,4 +1,4 @@
-"""Small files of exact state: one JSON object with a format, a version and a checksum, replaced as a whole, checked on load."""
+"""Small files of exact state: JSON with a format, a version and a checksum, replaced as a whole, checked when read."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def write_state(path: Path, kind: str, content: dict[str, Any]) -> None:
     document[_CHECKSUM] = _checksum(document)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump(document, file, allow_nan=False, separators=(",", ":"))
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(document, file, separators=(",", ":"))
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(path)
