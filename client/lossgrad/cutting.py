@@ -56,6 +56,11 @@ class Operands:
             None if mask is None else Source(mask, "mask"),
         )
 
+    def expanded(self, shape: tuple[int, ...]) -> Operands:
+        """Return the operands as large as they are broadcast, without copying them."""
+        weight, mask = (None if each is None else each.expanded(shape) for each in (self.weight, self.mask))
+        return Operands(self.input.expanded(shape), self.target.expanded(shape), weight, mask)
+
     def given(self) -> list[Source]:
         """Return those that there are."""
         return [each for each in (self.input, self.target, self.weight, self.mask) if each is not None]
@@ -97,40 +102,67 @@ class Cut:
         self.operands = operands
         self.shape = _result_shape(operands, allow_broadcast)
         self.element_count = math.prod(self.shape)
-        self._is_even = all(each.shape == self.shape for each in operands.given())
-        self._is_by_row = any(loss.reduction.startswith("sample") for loss in losses)
-        if self._is_by_row and not self.shape:
+        self.result_type = promote(operands.input.data_type, operands.target.data_type)
+        self._losses = losses
+        self._aim_bytes = slice_bytes
+        self._limit = max_message_bytes
+        is_by_row = any(loss.reduction.startswith("sample") for loss in losses)
+        if is_by_row and not self.shape:
             raise InvalidRequest(
                 "a per-sample reduction needs at least one dimension, the result has shape []",
                 reason="BAD_SHAPE",
                 field="reduction",
             )
-        self.result_type = promote(operands.input.data_type, operands.target.data_type)
-        most_bytes = max_message_bytes - OVERHEAD_BYTES
-        self._is_flat = self._is_even and not self._is_by_row
+        is_even = all(each.shape == self.shape for each in operands.given())
+        self._is_flat = is_even and not is_by_row
         if self._is_flat:
-            unit_bytes = CHUNK_ELEMENTS * max(
-                sum(each.itemsize for each in operands.given()), self._answer_bytes(losses)
-            )
-            self._check_unit(
-                unit_bytes, most_bytes, f"{CHUNK_ELEMENTS} elements", self.element_count, max_message_bytes
-            )
-            self._step = CHUNK_ELEMENTS * _units(slice_bytes, most_bytes, unit_bytes)
+            self._step = self._flat_step()
             return
-        if not self._is_even:
-            self._check_broadcast(losses)
+        if not is_even:
+            self._check_broadcast()
+        try:
+            self._step = self._row_step()
+        except RequestTooLarge:
+            pairs_match = operands.input.shape == operands.target.shape == self.shape
+            if is_even or is_by_row or not (pairs_match or not any(loss.gradient for loss in losses)):
+                raise
+            # Rows do not end at multiples of 4096 elements. Sent as large as they are broadcast, the operands can be cut
+            # anywhere; the gradients are as large as what was sent, so this is for those whose pairs are not broadcast.
+            self.operands = operands.expanded(self.shape)
+            self._is_flat = True
+            self._step = self._flat_step()
+
+    def _flat_step(self) -> int:
+        unit_bytes = CHUNK_ELEMENTS * max(sum(each.itemsize for each in self.operands.given()), self._answer_bytes())
+        return CHUNK_ELEMENTS * self._units(unit_bytes, 0, f"{CHUNK_ELEMENTS} elements")
+
+    def _row_step(self) -> int:
         row_elements = math.prod(self.shape[1:])
-        is_summed = any(not loss.reduction.startswith("sample") for loss in losses)
+        is_summed = any(not loss.reduction.startswith("sample") for loss in self._losses)
         unit_rows = CHUNK_ELEMENTS // math.gcd(row_elements, CHUNK_ELEMENTS) if is_summed and row_elements else 1
-        cut = [each for each in operands.given() if self._has_rows(each)]
-        fixed_bytes = sum(each.byte_count for each in operands.given() if not self._has_rows(each))
+        given = self.operands.given()
         row_bytes = max(
-            sum(each.itemsize * math.prod(each.shape[1:]) for each in cut), row_elements * self._answer_bytes(losses)
+            sum(each.itemsize * math.prod(each.shape[1:]) for each in given if self._has_rows(each)),
+            row_elements * self._answer_bytes(),
+            row_elements * ITEMSIZES[self.result_type],  # the server bounds this too
         )
+        fixed_bytes = sum(each.byte_count for each in given if not self._has_rows(each))
         what = "one row" if unit_rows == 1 else f"{unit_rows} rows"
-        self._check_unit(unit_rows * row_bytes + fixed_bytes, most_bytes, what, self.element_count, max_message_bytes)
-        units = _units(slice_bytes - fixed_bytes, most_bytes - fixed_bytes, unit_rows * row_bytes)
-        self._step = units * unit_rows * row_elements
+        return self._units(unit_rows * row_bytes, fixed_bytes, what) * unit_rows * row_elements
+
+    def _units(self, unit_bytes: int, fixed_bytes: int, what: str) -> int:
+        """Return how many units a slice has: as many as fit the size to aim at, at least one. Raises RequestTooLarge."""
+        most_bytes = self._limit - OVERHEAD_BYTES
+        if unit_bytes + fixed_bytes > most_bytes and self.element_count:
+            raise RequestTooLarge(
+                f"this request takes {sum(each.byte_count for each in self.operands.given())} bytes, the limit is "
+                f"{self._limit}, and its smallest slice ({what} of shape {list(self.shape)}) takes "
+                f"{unit_bytes + fixed_bytes}; send fewer losses or elements at a time, or raise max_message_bytes here and "
+                "LOSSGRAD_MAX_MESSAGE_BYTES on the server",
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "MESSAGE_TOO_LARGE",
+            )
+        return max(1, (min(self._aim_bytes, most_bytes) - fixed_bytes) // max(1, unit_bytes))
 
     def slices(self) -> Iterator[CutSlice]:
         """Give the slices one after the other; each is read when it is asked for."""
@@ -179,27 +211,10 @@ class Cut:
     def _has_rows(self, source: Source) -> bool:
         return len(source.shape) == len(self.shape) and source.shape[:1] == self.shape[:1]
 
-    def _answer_bytes(self, losses: Sequence[Loss]) -> int:
-        """Return the bytes of an answer for each element of the result, at most."""
-        each_gradient = self.operands.input.itemsize + self.operands.target.itemsize
-        return sum(
-            (ITEMSIZES[self.result_type] if loss.reduction == "none" else 0) + (each_gradient if loss.gradient else 0)
-            for loss in losses
-        )
+    def _answer_bytes(self) -> int:
+        return answer_bytes(self.operands, self.result_type, self._losses)
 
-    def _check_unit(self, unit_bytes: int, most_bytes: int, what: str, elements: int, limit: int) -> None:
-        if unit_bytes > most_bytes and elements:
-            raise RequestTooLarge(
-                f"this request takes {sum(each.byte_count for each in self.operands.given())} bytes, the limit is "
-                f"{limit}, and "
-                f"its smallest slice ({what} of shape {list(self.shape)}) takes {unit_bytes}; send fewer losses or "
-                "elements at "
-                "a time, or raise max_message_bytes here and LOSSGRAD_MAX_MESSAGE_BYTES on the server",
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                "MESSAGE_TOO_LARGE",
-            )
-
-    def _check_broadcast(self, losses: Sequence[Loss]) -> None:
+    def _check_broadcast(self) -> None:
         operands = self.operands
         if self.element_count > _MOST_EXPANSION * sum(each.element_count for each in operands.given()):
             raise RequestTooLarge(
@@ -210,7 +225,7 @@ class Cut:
                 "RESULT_TOO_LARGE",
             )
         for source, name in ((operands.input, "input"), (operands.target, "target")):
-            if any(loss.gradient for loss in losses) and not self._has_rows(source):
+            if any(loss.gradient for loss in self._losses) and not self._has_rows(source):
                 raise RequestTooLarge(
                     f"{name} has shape {list(source.shape)} and is broadcast over the first dimension of "
                     f"{list(self.shape)}; the "
@@ -222,9 +237,13 @@ class Cut:
                 )
 
 
-def _units(aim_bytes: int, most_bytes: int, unit_bytes: int) -> int:
-    """Return how many units a slice has: as many as fit the size to aim at, at least one."""
-    return max(1, min(aim_bytes, most_bytes) // max(1, unit_bytes))
+def answer_bytes(operands: Operands, result_type: int, losses: Sequence[Loss]) -> int:
+    """Return the bytes of an answer for each element of the result, at most."""
+    each_gradient = operands.input.itemsize + operands.target.itemsize
+    return sum(
+        (ITEMSIZES[result_type] if loss.reduction == "none" else 0) + (each_gradient if loss.gradient else 0)
+        for loss in losses
+    )
 
 
 def _result_shape(operands: Operands, allow_broadcast: bool) -> tuple[int, ...]:

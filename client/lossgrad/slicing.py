@@ -18,15 +18,15 @@ from lossgrad.calls import JOINED_BYTES, encode
 from lossgrad.cutting import OVERHEAD_BYTES, Cut, CutSlice, Operands
 from lossgrad.errors import InvalidRequest, ServerError
 from lossgrad.exchange import FRAME_BYTES
-from lossgrad.gradients import GradientBuffer
 from lossgrad.losses import Loss
+from lossgrad.tensor_buffer import TensorBuffer
 from lossgrad.tensors import Family
 from lossgrad_api.codec import Buffer, ResponseView, ResultView, encode_compute_request
 from lossgrad_api.loss_totals import LossTotal, StateError
 from lossgrad_api.v1 import loss_service_pb2 as pb
 
 # LossSpec.include_total = true.
-_INCLUDE_TOTAL: Final = b"\x48\x01"
+INCLUDE_TOTAL: Final = b"\x48\x01"
 
 
 class Place(NamedTuple):
@@ -49,7 +49,7 @@ class EncodedSlice(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class PartResult:
-    """What has come of a part so far. The gradients are GradientBuffers while a part that was cut is not complete."""
+    """What has come of a part so far. The gradients are TensorBuffers while a part that was cut is not complete."""
 
     part: Part
     element_count: int = 0
@@ -79,7 +79,7 @@ class Slicer:
         max_message_bytes: int,
     ) -> None:
         self._sent = [_sent_loss(loss, denominator) for loss in losses]
-        self._specs = [loss.serialized + _INCLUDE_TOTAL for loss in self._sent]
+        self._specs = [loss.serialized + INCLUDE_TOTAL for loss in self._sent]
         self._gradients = [index for index, loss in enumerate(losses) if loss.gradient]
         self._needs_plain_mean = any(
             loss.gradient and loss.reduction == "mean" and loss.denominator is None for loss in losses
@@ -139,7 +139,7 @@ class Slicer:
         answers = view.results
         if len(answers) != len(self._specs):
             raise ServerError(f"the server gave {len(answers)} results for {len(self._specs)} losses")
-        totals = [_read_total(answer) for answer in answers]
+        totals = [read_total(answer) for answer in answers]
         result.totals = list(map(LossTotal.__add__, result.totals, totals)) if result.totals else totals
         result.element_count += slice.element_count
         for index in self._gradients:
@@ -161,7 +161,7 @@ class Slicer:
         ):
             if wire is not None:
                 if index not in buffers:
-                    buffers[index] = GradientBuffer(source.data_type, source.shape, source.family)
+                    buffers[index] = TensorBuffer(source.data_type, source.shape, source.family)
                 buffers[index].put(*where, wire)
 
     def _is_small(self, part: Part) -> bool:
@@ -185,7 +185,8 @@ def _sent_loss(loss: Loss, denominator: float | None) -> Loss:
     return loss
 
 
-def _read_total(answer: ResultView) -> LossTotal:
+def read_total(answer: ResultView) -> LossTotal:
+    """Return the exact total that an answer holds. Raises ServerError."""
     if answer.total is None:
         raise ServerError("the server gives no exact totals: it is older than this client; install the same version")
     try:
@@ -195,4 +196,4 @@ def _read_total(answer: ResultView) -> LossTotal:
 
 
 def _value(gradient: Any) -> Any:
-    return gradient.value() if isinstance(gradient, GradientBuffer) else gradient
+    return gradient.value() if isinstance(gradient, TensorBuffer) else gradient

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lossgrad.tensors import ITEMSIZES, Family, read_mask, read_operand, read_weight
+from lossgrad.tensors import ITEMSIZES, NUMPY, Family, read_mask, read_operand, read_weight
 from lossgrad_api.codec import Buffer, WireTensor
 
 
@@ -28,6 +28,7 @@ class Source:
         self.element_count = math.prod(self.shape)
         self.itemsize = ITEMSIZES[self.data_type]
         self._array = array
+        self._element = b""  # where all elements are the same, and there is no array
         self._data: Buffer | None = self._read(array).data if _lies_flat(array) and name != "weight" else None
 
     @classmethod
@@ -36,7 +37,27 @@ class Source:
         source = cls.__new__(cls)
         source.name, source.shape, source.data_type, source.family = name, wire.shape, wire.data_type, family
         source.element_count, source.itemsize = math.prod(wire.shape), ITEMSIZES[wire.data_type]
-        source._array, source._data = None, wire.data
+        source._array, source._data, source._element = None, wire.data, b""
+        return source
+
+    def expanded(self, shape: tuple[int, ...]) -> Source:
+        """Return it broadcast to a shape."""
+        if self.shape == shape:
+            return self
+        if self._array is None:  # a number, or zeros
+            source = Source.of_wire(self.whole()._replace(shape=shape), self.family, self.name)
+            source._data = None
+            source._element = bytes(self.elements(0, 1))
+            return source
+        is_torch = hasattr(self._array, "expand")
+        return Source(self._array.expand(shape) if is_torch else np.broadcast_to(self._array, shape), self.name)
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], data_type: int, name: str) -> Source:
+        """Return zeros, which take no memory to speak of."""
+        source = cls.of_wire(WireTensor(data_type, shape, b""), NUMPY, name)
+        source._data = None
+        source._element = bytes(source.itemsize)
         return source
 
     @property
@@ -48,7 +69,9 @@ class Source:
         """Return the bytes of the elements from `start` to before `stop`: a view where they lie so in memory."""
         if self._data is not None:
             return self._data[start * self.itemsize : stop * self.itemsize]
-        pieces = list(self._pieces(self._array, start, stop))
+        if self._array is None:
+            return self._element * (stop - start)
+        pieces = self._pieces(self._array, start, stop)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def rows(self, start: int, stop: int) -> WireTensor:

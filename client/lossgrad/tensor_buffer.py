@@ -1,18 +1,23 @@
-"""A gradient that comes in slices, put together in one place: memory of its own, or the caller's array."""
+"""A tensor of an answer that comes in slices, put together in one place: memory of its own, or the caller's array."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from lossgrad.calls import Answer
 from lossgrad.errors import InvalidRequest, ServerError
+from lossgrad.losses import Loss
+from lossgrad.results import LossResult
 from lossgrad.tensors import ITEMSIZES, NAMES, Family, read_operand
 from lossgrad_api.codec import WireTensor
 
 
-class GradientBuffer:
+class TensorBuffer:
     """Room for a tensor, filled range by range. `out` is the caller's array to fill, if there is one."""
 
     def __init__(self, data_type: int, shape: tuple[int, ...], family: Family, out: Any = None) -> None:
@@ -31,7 +36,7 @@ class GradientBuffer:
         """Take the elements from `start` to before `stop`, in C order. Raises ServerError where they do not fit."""
         if wire.data_type != self._data_type or len(wire.data) != (stop - start) * self._itemsize:
             raise ServerError(
-                f"the server's answer has a gradient of {len(wire.data)} bytes of "
+                f"the server's answer has a tensor of {len(wire.data)} bytes of "
                 f"{NAMES.get(wire.data_type, wire.data_type)} for "
                 f"{stop - start} elements of {NAMES[self._data_type]}"
             )
@@ -49,11 +54,34 @@ def check_out(out: Any, data_type: int, shape: tuple[int, ...]) -> None:
     _writable(out, data_type, shape)
 
 
-def fill(out: Any, gradient: Any) -> Any:
-    """Write a gradient to the caller's array; return that."""
-    wire = read_operand(gradient, "gradient").wire
+def gradient_outs(gradient_out: Any, losses: Sequence[Loss], *, is_single: bool) -> list[Any] | None:
+    """Return where each loss's gradient is to be written, None where nowhere. Raises InvalidRequest."""
+    if gradient_out is None:
+        return None
+    outs = [gradient_out] if is_single else list(gradient_out)
+    if len(outs) != len(losses):
+        raise _bad_out(f"has {len(outs)} arrays for {len(losses)} losses", "give one for each, or None")
+    for loss, out in zip(losses, outs, strict=True):
+        if out is not None and not loss.gradient:
+            raise _bad_out(f"is given for {loss!r}, which asks for no gradient", "set gradient=True")
+    return outs
+
+
+def filled(answer: Answer, outs: Sequence[Any] | None) -> Answer:
+    """Return an answer with its gradients in the caller's arrays, where there are any."""
+    if outs is None:
+        return answer
+    if isinstance(answer, LossResult):
+        return _filled(answer, outs[0])
+    return tuple(_filled(result, out) for result, out in zip(answer, outs, strict=True))
+
+
+def _filled(result: LossResult, out: Any) -> LossResult:
+    if out is None:
+        return result
+    wire = read_operand(result.gradient, "gradient").wire
     _writable(out, wire.data_type, wire.shape)[:] = wire.data
-    return out
+    return dataclasses.replace(result, gradient=out)
 
 
 def _writable(out: Any, data_type: int, shape: tuple[int, ...]) -> memoryview:
