@@ -27,6 +27,7 @@ __all__ = [
     "LossFunction",
     "LossTotal",
     "StateError",
+    "TooManyGroups",
     "check_group_name",
 ]
 
@@ -41,6 +42,10 @@ _MAX_HEAD_BYTES: Final = 64 * 1024
 
 _GROUP: Final = 2 << 3 | 2
 _SPEC_TAG: Final = b"\x1a"
+
+
+class TooManyGroups(StateError):
+    """A state with more groups than are taken."""
 
 
 class GroupTotals:
@@ -116,9 +121,9 @@ class Accumulation:
 
     def copy(self) -> Accumulation:
         """Return a state that does not change when this one does."""
-        return Accumulation(
-            self.losses, self._groups.values(), last_sequence=self.last_sequence, element_count=self.element_count
-        )
+        copy = Accumulation(self.losses, last_sequence=self.last_sequence, element_count=self.element_count)
+        copy._groups = dict(self._groups)
+        return copy
 
     @classmethod
     def merge(cls, states: Iterable[Accumulation]) -> Accumulation:
@@ -177,7 +182,7 @@ class Accumulation:
     def from_bytes(cls, data: bytes, *, max_groups: int | None = None) -> Accumulation:
         """Return the state that a serialised lossgrad_api.v1.Accumulation holds. Raises StateError."""
         reader = AccumulationReader(data, max_groups=max_groups)
-        for _ in reader.groups():
+        for _ in reader.read():
             pass
         return reader.state()
 
@@ -194,88 +199,77 @@ class Accumulation:
 class AccumulationReader:
     """Reads a serialised Accumulation group by group, so that a large one can be read in turns.
 
-    Make one, exhaust `groups()`, then call `state()`. Everything raises StateError. What is parsed at once is bounded: a
-    group by MAX_GROUP_BYTES, all else by 64 KiB.
+    Make one, exhaust `read()`, then call `state()`. Both raise StateError. What is parsed at once is bounded: a group by
+    MAX_GROUP_BYTES, all else by 64 KiB.
     """
 
     def __init__(self, data: bytes, start: int = 0, end: int | None = None, *, max_groups: int | None = None) -> None:
         self._data = data
-        head = b""
-        self._spans: list[tuple[int, int]] = []
-        position, end = start, len(data) if end is None else end
+        self._start = start
+        self._end = len(data) if end is None else end
+        self._max_groups = max_groups
+        self._groups: dict[str, GroupTotals] = {}
+        self._element_count = 0
+        self._head = b""
+
+    def read(self) -> Iterator[None]:
+        """Read one group after the other; after each, others may have a turn."""
+        data, position, end = self._data, self._start, self._end
         try:
             while position < end:
                 begin = position
                 tag, position = read_tag(data, position, end)
                 if tag == _GROUP:
-                    position, group_end = read_length(data, position, end)
-                    self._add_span(position, group_end, max_groups)
-                    position = group_end
+                    start, position = read_length(data, position, end)
+                    self._read_group(start, position)
+                    yield
                 else:
                     position = skip(data, tag, position, end)
-                    if len(head) + position - begin > _MAX_HEAD_BYTES:
+                    if len(self._head) + position - begin > _MAX_HEAD_BYTES:
                         raise StateError(f"the state has more than {_MAX_HEAD_BYTES} bytes beside its groups")
-                    head += data[begin:position]
-            message = pb.Accumulation.FromString(head)
-        except (CodecError, DecodeError):
-            raise StateError("the bytes are not a lossgrad_api.v1.Accumulation") from None
-        self._losses = _read_losses(message)
-        self._last_sequence = message.last_sequence
-        self._element_count = message.element_count
-        if self._last_sequence < 0:
-            refuse("last_sequence", self._last_sequence, "at least 0")
-        if not 0 <= self._element_count <= MAX_COUNT:
-            refuse("element_count", self._element_count, f"0 to {MAX_COUNT}")
-        self._groups: dict[str, GroupTotals] = {}
-        self._counted = 0
+                    self._head += data[begin:position]
+        except CodecError as error:
+            raise StateError(f"the bytes are not a lossgrad_api.v1.Accumulation: {error}") from None
 
-    @property
-    def losses(self) -> tuple[LossFunction, ...]:
-        """The losses that it is a state of."""
-        return self._losses
-
-    def _add_span(self, start: int, end: int, max_groups: int | None) -> None:
-        index = len(self._spans)
-        if index == max_groups:
-            raise StateError(f"the state has more than {max_groups} groups, the most that are taken", "groups")
+    def _read_group(self, start: int, end: int) -> None:
+        index = len(self._groups)
+        path = f"groups[{index}]"
+        if index == self._max_groups:
+            raise TooManyGroups(f"the state has more than {index} groups, the most that are taken", "groups")
         if end - start > MAX_GROUP_BYTES:
-            raise StateError(
-                f"groups[{index}] has {end - start} bytes; {MAX_GROUP_BYTES} are more than any group needs",
-                f"groups[{index}]",
-            )
-        self._spans.append((start, end))
-
-    def groups(self) -> Iterator[None]:
-        """Read one group after the other; after each, others may have a turn."""
-        for index, (start, end) in enumerate(self._spans):
-            self._read_group(f"groups[{index}]", self._data[start:end])
-            yield
-
-    def _read_group(self, path: str, data: bytes) -> None:
+            raise StateError(f"{path} has {end - start} bytes; no group needs more than {MAX_GROUP_BYTES}", path)
         try:
-            message = pb.GroupState.FromString(data)
+            message = pb.GroupState.FromString(self._data[start:end])
         except DecodeError:
             raise StateError(f"{path} is not a lossgrad_api.v1.GroupState", path) from None
         if message.group in self._groups:
             raise StateError(f"{path}.group is {message.group!r}, which comes twice; give each group once", path)
         check_group_name(message.group, f"{path}.group")
-        if len(message.states) != len(self._losses):
-            raise StateError(
-                f"{path} has {len(message.states)} states, but there are {len(self._losses)} losses", f"{path}.states"
-            )
         totals = [LossTotal.from_message(state, f"{path}.states[{i}]") for i, state in enumerate(message.states)]
         self._groups[message.group] = GroupTotals(message.group, tuple(totals))
-        self._counted += max(total.element_count for total in totals)
+        self._element_count += max((total.element_count for total in totals), default=0)
 
     def state(self) -> Accumulation:
         """Return what was read."""
-        if self._counted > self._element_count:
-            refuse("element_count", self._element_count, f"at least what its groups hold, {self._counted}")
+        try:
+            message = pb.Accumulation.FromString(self._head)
+        except DecodeError:
+            raise StateError("the bytes are not a lossgrad_api.v1.Accumulation") from None
+        losses = _read_losses(message)
+        for index, group in enumerate(self._groups.values()):
+            if len(group.totals) != len(losses):
+                path = f"groups[{index}].states"
+                raise StateError(f"{path} has {len(group.totals)} states, but there are {len(losses)} losses", path)
+        if message.last_sequence < 0:
+            refuse("last_sequence", message.last_sequence, "at least 0")
+        if not self._element_count <= message.element_count <= MAX_COUNT:
+            allowed = f"what its groups hold, {self._element_count}, to {MAX_COUNT}"
+            refuse("element_count", message.element_count, allowed)
         return Accumulation(
-            self._losses,
+            losses,
             self._groups.values(),
-            last_sequence=self._last_sequence,
-            element_count=self._element_count,
+            last_sequence=message.last_sequence,
+            element_count=message.element_count,
         )
 
 

@@ -87,6 +87,7 @@ class Core:
             max_queued_requests=config.max_queued_requests,
             max_queued_bytes=config.max_queued_bytes,
             max_stream_requests=config.max_stream_requests,
+            max_groups=config.max_groups,
         )
         self.methods: list[Method] = LossService(self.pipeline, description).methods()
 
@@ -204,6 +205,7 @@ class Server:
         self._core.metrics.ready.set(0)
         await self._health.set_ready(False)
         await asyncio.sleep(self.config.drain_delay_seconds)
+        self._core.pipeline.drain()
         await self._grpc.stop(self.config.drain_grace_seconds)
         await self.stop()
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -55,6 +56,14 @@ _REJECTIONS: Final = {
     Reason.DEADLINE_PASSED: "deadline",
 }
 _UTILIZATION_WINDOW_SECONDS: Final = 10.0
+
+
+class SliceOutcome(StrEnum):
+    """What became of a slice of an accumulation."""
+
+    COUNTED = "counted"
+    REPEATED = "repeated"  # the state that the stream went on from held it
+    FAILED = "failed"
 
 
 class QueueState(Protocol):
@@ -163,6 +172,11 @@ class Metrics:
             ("loss",),
             registry=registry,
         )
+        self.accumulations = Gauge("lossgrad_accumulations", "AccumulateLoss streams that are open.", registry=registry)
+        slices = Counter(
+            "lossgrad_accumulation_slices", "Slices of accumulations by outcome.", ("outcome",), registry=registry
+        )
+        self.slices = {outcome: slices.labels(outcome) for outcome in SliceOutcome}
         self.ready = Gauge("lossgrad_ready", "1 while requests are served, otherwise 0.", registry=registry)
         Gauge("lossgrad_build_info", "What runs here; always 1.", tuple(build_info), registry=registry).labels(
             **build_info

@@ -193,7 +193,7 @@ def set_own(**values: object) -> Callable[[pb.Accumulation], None]:
         (set_state(max=-math.inf), "groups[1].states[0].min", "max, which is -inf"),
         (set_own(last_sequence=-1), "last_sequence", "is -1; it must be at least 0"),
         (set_own(element_count=-1), "element_count", "is -1"),
-        (set_own(element_count=3), "element_count", "is 3; it must be at least what its groups hold, 4"),
+        (set_own(element_count=3), "element_count", "is 3; it must be what its groups hold, 4, to"),
         (lambda message: message.groups.append(message.groups[0]), "groups[2]", "'a', which comes twice"),
         (
             lambda message: setattr(message.groups[0], "group", "é" * 65),
@@ -227,6 +227,7 @@ def test_what_cannot_be_a_state_is_refused(change: Callable[[pb.Accumulation], N
 
 def test_a_state_with_too_many_groups_is_refused_before_they_are_read() -> None:
     error = refusal(good(), max_groups=1)
+    assert isinstance(error, accumulation.TooManyGroups)
     assert str(error) == "the state has more than 1 groups, the most that are taken"
     assert Accumulation.from_bytes(good().SerializeToString(), max_groups=2).element_count == 4
 

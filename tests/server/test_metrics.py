@@ -190,6 +190,7 @@ COUNTERS = [
     "lossgrad_batches",
     "lossgrad_rejected",
     "lossgrad_nonfinite_results",
+    "lossgrad_accumulation_slices",
 ]
 HISTOGRAMS = [
     "grpc_server_handling_seconds",
@@ -201,6 +202,7 @@ HISTOGRAMS = [
     "lossgrad_batch_elements",
 ]
 GAUGES = [
+    "lossgrad_accumulations",
     "lossgrad_ready",
     "lossgrad_build_info",
     "lossgrad_queue_requests",
@@ -275,9 +277,10 @@ def test_what_callers_name_adds_no_series(running: RunningServer, connect: Conne
 CLOSED = {
     "loss": {"smooth_l1", "huber", "l1", "mse", "mixed", "unknown"},
     "mode": {"loss", "loss_grad", "unknown"},
-    "api": {"native", "stream"},
+    "api": {"native", "stream", "accumulate"},
     "outcome": {
         "ok", "invalid", "overloaded", "too_large", "deadline", "cancelled", "oom", "device", "internal",
+        "counted", "repeated", "failed",
     },
     "stage": {"decode", "queue", "pack", "compute", "unpack", "encode"},
     "device": {"cpu"},

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from lossgrad_api.codec import Buffer
@@ -96,6 +97,8 @@ class RequestPipeline:
         self.metrics = metrics
         self.checker = RequestChecker(max_message_bytes)
         self.is_warm = False  # set once the worker is; requests before that are told to come back
+        self._on_drain: set[Callable[[RequestError], None]] = set()
+        self._is_draining = False
 
     def open(
         self,
@@ -118,17 +121,52 @@ class RequestPipeline:
         """Queue opened requests. Those that are refused are answered at once."""
         if not self.is_warm:
             for request in requests:
-                request.refuse(
-                    Unavailable(
-                        "this server is warming up; try again in a moment",
-                        reason=Reason.WARMING_UP,
-                        retry_after_seconds=0.5,
-                    )
-                )
+                request.refuse(_warming_up())
             return
         owners = {request.job: request for request in requests}
         for job, error in self.batcher.submit(list(owners)):
             owners[job].refuse(error)
+
+    def submit_job(self, job: Job) -> RequestError | None:
+        """Queue a job; return why it was refused, if it was. Its `on_done` is not called then."""
+        if not self.is_warm:
+            return _warming_up()
+        refused = self.batcher.submit([job])
+        return refused[0][1] if refused else None
+
+    @contextmanager
+    def draining(self, on_drain: Callable[[RequestError], None]) -> Iterator[None]:
+        """Call `on_drain` when the server goes down while the block runs: for calls that would not end by themselves.
+
+        It is given the error to end with. Raises that where the server goes down already.
+        """
+        if self._is_draining:
+            raise _going_down()
+        self._on_drain.add(on_drain)
+        try:
+            yield
+        finally:
+            self._on_drain.discard(on_drain)
+
+    def drain(self) -> None:
+        """End the calls that would not end by themselves, and refuse new ones."""
+        self._is_draining = True
+        for on_drain in list(self._on_drain):
+            on_drain(_going_down())
+
+
+def _going_down() -> Unavailable:
+    return Unavailable(
+        "this server is shutting down; go on from the last state, on another one if there is one",
+        reason=Reason.DRAINING,
+        retry_after_seconds=0.0,
+    )
+
+
+def _warming_up() -> Unavailable:
+    return Unavailable(
+        "this server is warming up; try again in a moment", reason=Reason.WARMING_UP, retry_after_seconds=0.5
+    )
 
 
 async def joined(parts: Sequence[Buffer], api: str, metrics: Metrics) -> bytes:
