@@ -35,9 +35,11 @@ from lossgrad.errors import (
     Unavailable,
 )
 from lossgrad.losses import L1, MSE, Huber, Loss, SmoothL1
+from lossgrad.metric import LossMetric
 from lossgrad.progress import Progress
 from lossgrad.report import BatchError, BatchResult, EvaluationReport, LossSummary, Throughput
 from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing
+from lossgrad.sweep import SweepResult
 
 if TYPE_CHECKING:
     from lossgrad import nn as nn
@@ -63,6 +65,7 @@ __all__ = [
     "InvalidRequest",
     "Loss",
     "LossClient",
+    "LossMetric",
     "LossResult",
     "LossSummary",
     "LossgradError",
@@ -73,6 +76,7 @@ __all__ = [
     "ServerInfo",
     "ServerLimits",
     "SmoothL1",
+    "SweepResult",
     "Throughput",
     "Timing",
     "Unauthenticated",

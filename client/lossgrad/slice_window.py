@@ -168,6 +168,8 @@ class SliceWindow:
         """Take note that a lane's stream is gone. Raises the error where trying again is no use, or patience runs out."""
         lane = self.lanes[number]
         lane.must_reopen = False
+        if not lane.sent:
+            return  # nothing is lost: the next message opens another
         if error.code is not grpc.StatusCode.UNAVAILABLE:
             lane.odd_breaks += 1
             if error.code not in _ODD_CODES or lane.odd_breaks > _MAX_ODD_BREAKS:
