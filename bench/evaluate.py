@@ -37,15 +37,16 @@ from bench.measuring import (
     to_json,
 )
 from bench.transport_loads import CHANNEL_OPTIONS
-from bench.transport_messages import tensors
+from bench.transport_messages import count_answers, tensors
 from bench.transport_servers import ServerProcess, loss_server
 from lossgrad import LossClient, SmoothL1
 from lossgrad.evaluating import DEFAULT_IN_FLIGHT_BYTES
+from lossgrad.exchange import FULL_MESSAGE_BYTES
 from lossgrad.slice_window import ALONE_BYTES, MAX_SLICES
 from lossgrad_api import codec
 from lossgrad_api.allocator import keep_large_blocks
 
-_PACKED: Final = 64
+_MOST_PACKED: Final = 64
 _BAR: Final = 0.8
 
 
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_large_blocks()  # what a client may do too
     report = Report(machine=machine())
     with ExitStack() as parts:
-        sizes = [(size, count) for size in given.sizes for count in ((1, _PACKED) if is_packed(size) else (1,))]
+        sizes = [(size, count) for size in given.sizes for count in dict.fromkeys((1, packed_count(size)))]
         flags = [text for size, count in sizes for text in ("--size", str(size), str(count))]
         echo = parts.enter_context(ServerProcess("bench.evaluate_echo", *flags))
         server = parts.enter_context(loss_server("tcp", computing=given.computing))
@@ -121,7 +122,7 @@ def measure(channel: grpc.Channel, client: LossClient, size: int, rounds: int, s
         "evaluate": evaluate(client, size, seconds),
     }
     if is_packed(size):
-        cases["packed floor"] = floor(channel, size, _PACKED, seconds)
+        cases["packed floor"] = floor(channel, size, packed_count(size), seconds)
     for case in cases.values():
         case()  # warms up
     rates = interleave(cases, rounds)
@@ -141,7 +142,7 @@ def floor(channel: grpc.Channel, size: int, per_message: int, seconds: float) ->
     """Return what gives the slices per second of a raw client that keeps the same in flight as `evaluate`."""
     call: Any = channel.stream_stream(codec.STREAM_COMPUTE_LOSS)
     message = evaluate_echo.request(size, per_message)
-    most = max(1, min(MAX_SLICES // per_message, DEFAULT_IN_FLIGHT_BYTES // len(message)))
+    most = max(per_message, min(MAX_SLICES, DEFAULT_IN_FLIGHT_BYTES // len(message) * per_message))
 
     def burst() -> float:
         outgoing: SimpleQueue[bytes | None] = SimpleQueue()
@@ -149,18 +150,17 @@ def floor(channel: grpc.Channel, size: int, per_message: int, seconds: float) ->
         sent = answered = 0
         start = time.perf_counter()
         while True:
-            while sent - answered < most and time.perf_counter() - start < seconds:
+            while sent - answered + per_message <= most and time.perf_counter() - start < seconds:
                 outgoing.put(message)
-                sent += 1
+                sent += per_message
             if sent == answered:
                 break
-            next(answers)
-            answered += 1
+            answered += count_answers(next(answers))
         elapsed = time.perf_counter() - start
         outgoing.put(None)
         for _ in answers:
             raise RuntimeError("the server answers what was not asked")
-        return answered * per_message / elapsed
+        return answered / elapsed
 
     return burst
 
@@ -185,7 +185,12 @@ def evaluate(client: LossClient, size: int, seconds: float) -> Callable[[], floa
 
 def is_packed(size: int) -> bool:
     """Whether `evaluate` packs several slices of this size into a message."""
-    return 2 * size < ALONE_BYTES and 2 * size * _PACKED <= MIB
+    return packed_count(size) > 1
+
+
+def packed_count(size: int) -> int:
+    """Return how many slices of this size `evaluate` packs into a message."""
+    return 1 if 2 * size >= ALONE_BYTES else max(1, min(_MOST_PACKED, FULL_MESSAGE_BYTES // (2 * size + 256)))
 
 
 def text_of(report: Report) -> str:

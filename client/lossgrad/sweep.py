@@ -68,7 +68,10 @@ class SweepResult:
     def __repr__(self) -> str:
         name = type(self.results[0].spec).__name__
         lines = [f"SweepResult of {name}, {len(self)} points, best {self.parameter}={self.best.beta!r}:"]
-        lines += [f"  {self.parameter}={beta!r}: {loss!r}" for beta, loss in zip(self.betas, self.losses.tolist(), strict=True)]
+        lines += [
+            f"  {self.parameter}={beta!r}: {loss!r}"
+            for beta, loss in zip(self.betas, self.losses.tolist(), strict=True)
+        ]
         return "\n".join(lines)
 
 
