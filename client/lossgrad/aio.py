@@ -137,6 +137,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
             "allow_broadcast": allow_broadcast,
             "idempotency_key": idempotency_key,
         }
+        refusal: RequestTooLarge | None = None
         if not is_too_large(input, target, specs, limit, weight=weight, mask=mask):
             try:
                 request = prepare(input, target, specs, is_single=is_single, max_message_bytes=limit, **options)
@@ -144,12 +145,15 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
             except RequestTooLarge as error:
                 if not may_be_cut(error):
                     raise
-                if error.__cause__ is not None or error.reason == "RESULT_TOO_LARGE":  # the server's own limit
+                refusal = error
+                if error.__cause__ is not None:  # the server's own limit, or that of what lies between
                     info = await self.info(timeout=timeout)
                     limit = self._limit_bytes = min(limit, info.limits.max_message_bytes or limit)
         call = LargeCall(
             input, target, specs, is_single=is_single, max_message_bytes=limit, gradient_out=outs, **options
         )
+        if refusal is not None and call.is_whole:
+            raise refusal
         return await compute_in_tasks(call, self._open_stream, self._settings, limit, timeout)
 
     async def _compute_request(self, request: Request, timeout: float | None) -> Answer:

@@ -188,6 +188,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
             "allow_broadcast": allow_broadcast,
             "idempotency_key": idempotency_key,
         }
+        refusal: RequestTooLarge | None = None
         if not is_too_large(input, target, specs, limit, weight=weight, mask=mask):
             try:
                 request = prepare(input, target, specs, is_single=is_single, max_message_bytes=limit, **options)
@@ -197,11 +198,14 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
             except RequestTooLarge as error:
                 if not may_be_cut(error):
                     raise
+                refusal = error
                 if error.__cause__ is not None:  # the server's own limit, or that of what lies between
                     limit = self._limit_bytes = min(limit, self.info(timeout=timeout).limits.max_message_bytes or limit)
         call = LargeCall(
             input, target, specs, is_single=is_single, max_message_bytes=limit, gradient_out=outs, **options
         )
+        if refusal is not None and call.is_whole:
+            raise refusal
         return compute_in_threads(call, self._open_stream, self._settings, limit, timeout)
 
     def _compute_one(self, input: Any, target: Any, loss: Loss, options: dict[str, Any]) -> LossResult:

@@ -133,8 +133,9 @@ class Cut:
             self._step = self._flat_step()
 
     def _flat_step(self) -> int:
-        unit_bytes = CHUNK_ELEMENTS * max(sum(each.itemsize for each in self.operands.given()), self._answer_bytes())
-        return CHUNK_ELEMENTS * self._units(unit_bytes, 0, f"{CHUNK_ELEMENTS} elements")
+        each_bytes = max(sum(each.itemsize for each in self.operands.given()), self._answer_bytes())
+        least = min(CHUNK_ELEMENTS, self.element_count)
+        return CHUNK_ELEMENTS * self._units(CHUNK_ELEMENTS * each_bytes, least * each_bytes, 0, f"{least} elements")
 
     def _row_step(self) -> int:
         row_elements = math.prod(self.shape[1:])
@@ -148,16 +149,17 @@ class Cut:
         )
         fixed_bytes = sum(each.byte_count for each in given if not self._has_rows(each))
         what = "one row" if unit_rows == 1 else f"{unit_rows} rows"
-        return self._units(unit_rows * row_bytes, fixed_bytes, what) * unit_rows * row_elements
+        least_bytes = min(unit_rows, self.shape[0]) * row_bytes + fixed_bytes
+        return self._units(unit_rows * row_bytes, least_bytes, fixed_bytes, what) * unit_rows * row_elements
 
-    def _units(self, unit_bytes: int, fixed_bytes: int, what: str) -> int:
+    def _units(self, unit_bytes: int, least_bytes: int, fixed_bytes: int, what: str) -> int:
         """Return how many units a slice has: as many as fit the size to aim at, at least one. Raises RequestTooLarge."""
         most_bytes = self._limit - OVERHEAD_BYTES
-        if unit_bytes + fixed_bytes > most_bytes and self.element_count:
+        if least_bytes > most_bytes and self.element_count:
             raise RequestTooLarge(
                 f"this request takes {sum(each.byte_count for each in self.operands.given())} bytes, the limit is "
                 f"{self._limit}, and its smallest slice ({what} of shape {list(self.shape)}) takes "
-                f"{unit_bytes + fixed_bytes}; send fewer losses or elements at a time, or raise max_message_bytes here and "
+                f"{least_bytes}; send fewer losses or elements at a time, or raise max_message_bytes here and "
                 "LOSSGRAD_MAX_MESSAGE_BYTES on the server",
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 "MESSAGE_TOO_LARGE",

@@ -19,7 +19,7 @@ import numpy as np
 
 from lossgrad.calls import Answer, deadline_seconds
 from lossgrad.channel import ChannelSettings
-from lossgrad.cutting import OVERHEAD_BYTES, Cut, CutSlice, Operands, answer_bytes
+from lossgrad.cutting import Cut, CutSlice, Operands, answer_bytes
 from lossgrad.errors import InvalidRequest, LossgradError, RequestTooLarge, ServerError
 from lossgrad.losses import L1, Loss
 from lossgrad.results import LossResult, Timing
@@ -43,24 +43,24 @@ _PATIENCE_SECONDS: Final = 5.0
 
 
 def is_too_large(input: Any, target: Any, losses: Sequence[Loss], limit: int, *, weight: Any, mask: Any) -> bool:
-    """Whether a call's message, or its answer, is beyond the limit. Cheap where it is far from it."""
+    """Whether a call's message, or its answer, is surely beyond the limit. Cheap where it is far from it."""
     byte_count = getattr(input, "nbytes", 0) + getattr(target, "nbytes", 0)
     if byte_count * 64 < limit and weight is None and mask is None:
         return False  # 16 losses with gradients and unreduced losses would fit
     given = [input, target, *(each for each in (weight, mask) if each is not None)]
     if not all(hasattr(each, "nbytes") for each in given):
         return False
-    if sum(each.nbytes for each in given) + OVERHEAD_BYTES > limit:
+    if sum(each.nbytes for each in given) > limit:
         return True
     outputs = sum(loss.gradient + (loss.reduction == "none") for loss in losses)
-    if byte_count * 4 * outputs + OVERHEAD_BYTES <= limit:  # 4: a half next to a double is answered with a double
+    if byte_count * 4 * outputs <= limit:  # 4: a half next to a double is answered with a double
         return False
     operands = Operands.of(input, target)
     shape = broadcast_shapes(operands.input.shape, operands.target.shape)
     if shape is None:
         return False  # the error for that is elsewhere
     each_bytes = answer_bytes(operands, promote(operands.input.data_type, operands.target.data_type), losses)
-    return math.prod(shape) * each_bytes + OVERHEAD_BYTES > limit
+    return math.prod(shape) * each_bytes > limit
 
 
 def may_be_cut(error: RequestTooLarge) -> bool:
@@ -119,6 +119,11 @@ class LargeCall:
             loss.gradient and loss.reduction == "mean" and loss.denominator is None for loss in losses
         )
         self._has_samples = any(loss.reduction.startswith("sample") for loss in losses)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it fits one message after all, so that there is nothing to gain."""
+        return len(self._passes) == 1 and self._passes[0][1].is_whole
 
     def weight_slices(self) -> Iterator[SliceRequest]:
         """Give what finds out the sum of the weights, where it must be known beforehand, or comes from nowhere else."""
