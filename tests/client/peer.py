@@ -154,7 +154,10 @@ class Peer(pb_grpc.LossServiceServicer):
             device="cpu",
             data_types=[tensor_pb2.DATA_TYPE_FLOAT32, tensor_pb2.DATA_TYPE_BFLOAT16],
             limits=pb.ServerLimits(
-                max_message_bytes=self.max_message_bytes, max_queued_requests=2, max_queued_bytes=3, max_stream_requests=64
+                max_message_bytes=self.max_message_bytes,
+                max_queued_requests=2,
+                max_queued_bytes=3,
+                max_stream_requests=64,
             ),
             determinism="peer",
         )
