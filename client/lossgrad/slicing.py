@@ -7,6 +7,7 @@ the denominator of the whole, and all with their exact totals, of which every me
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -20,7 +21,7 @@ from lossgrad.errors import InvalidRequest, ServerError
 from lossgrad.exchange import FRAME_BYTES
 from lossgrad.losses import Loss
 from lossgrad.tensor_buffer import TensorBuffer
-from lossgrad.tensors import Family
+from lossgrad.tensors import Family, broadcast_shapes
 from lossgrad_api.codec import Buffer, ResponseView, ResultView, encode_compute_request
 from lossgrad_api.loss_totals import LossTotal, StateError
 from lossgrad_api.v1 import loss_service_pb2 as pb
@@ -172,8 +173,9 @@ class Slicer:
             byte_count += getattr(weight, "nbytes", 0)
         if mask is not None:
             byte_count += getattr(mask, "nbytes", 0)
-        if self._allow_broadcast and getattr(input, "shape", ()) != getattr(target, "shape", ()):
-            return False
+        shapes = tuple(getattr(input, "shape", ())), tuple(getattr(target, "shape", ()))
+        if self._allow_broadcast and shapes[0] != shapes[1]:
+            byte_count += 8 * math.prod(broadcast_shapes(*shapes) or ())  # what it is broadcast to
         return byte_count * max(1, len(self._gradients)) <= self._slice_bytes
 
 
