@@ -84,11 +84,13 @@ def test_a_stale_missing_or_stray_file_is_told(generate: ModuleType, monkeypatch
         (destination / folder / "tensor_pb2.py").write_text("changed")
         (destination / folder / "loss_service_pb2.pyi").unlink()
         (destination / folder / "new_pb2.py").write_text("new")
-        return sorted(path.relative_to(destination) for path in destination.glob("lossgrad_api/v1/*_pb2*"))
+        (destination / "lossgrad_api/inference.binpb").write_text("changed")
+        return sorted(path.relative_to(destination) for path in generate._generated(destination))
 
     monkeypatch.setattr(generate, "generate", generated)
     assert generate.stale_files() == [
-        str(folder / name) for name in ("loss_service_pb2.pyi", "new_pb2.py", "tensor_pb2.py")
+        "lossgrad_api/inference.binpb",
+        *(str(folder / name) for name in ("loss_service_pb2.pyi", "new_pb2.py", "tensor_pb2.py")),
     ]
 
 

@@ -69,6 +69,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
         retries: int | None = None,
         max_message_bytes: int | None = None,
         coalesce: bool | None = None,
+        bulk: bool | None = None,
     ) -> None:
         settings = ChannelSettings.resolve(
             target,
@@ -81,6 +82,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
             retries=retries,
             max_message_bytes=max_message_bytes,
             coalesce=coalesce,
+            bulk=bulk,
         )
         self._set_up(settings)
 
@@ -312,9 +314,10 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
                         has_more = False
                         break
                     pull_seconds = time.perf_counter() - start
-                    await stream.send(feed.add(pair))
-                    await stream.send(window.flush_if_slow(pull_seconds))
-                    await self._take_received(stream, window, block=False)
+                    if messages := [*feed.add(pair), *window.flush_if_slow(pull_seconds)]:
+                        await stream.send(messages)
+                    if stream.has_received:
+                        await self._take_received(stream, window, block=False)
                 await stream.send(window.flush())
                 for outcome in feed.take_ready():
                     yield outcome

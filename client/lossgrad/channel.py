@@ -40,6 +40,7 @@ class ChannelSettings:
     timeout: float = DEFAULT_TIMEOUT_SECONDS
     retries: int = DEFAULT_RETRIES
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    bulk: bool = False  # whether its requests go after those of others
     coalesce: bool = True  # whether an AsyncLossClient's concurrent small calls share a stream
 
     def __post_init__(self) -> None:
@@ -73,6 +74,7 @@ class ChannelSettings:
         retries: int | None = None,
         max_message_bytes: int | None = None,
         coalesce: bool | None = None,
+        bulk: bool | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> ChannelSettings:
         """Return the settings: each argument, or else its LOSSGRAD_ variable, or else the default.
@@ -108,12 +110,14 @@ class ChannelSettings:
             retries=setting("RETRIES", retries, int, DEFAULT_RETRIES),
             max_message_bytes=setting("MAX_MESSAGE_BYTES", max_message_bytes, int, DEFAULT_MAX_MESSAGE_BYTES),
             coalesce=setting("COALESCE", coalesce, _boolean, True),
+            bulk=setting("BULK", bulk, _boolean, False),
         )
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What every call carries."""
-        return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+        token = () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+        return (*token, ("lossgrad-priority", "bulk")) if self.bulk else token
 
     @property
     def options(self) -> list[tuple[str, int | str]]:

@@ -67,7 +67,8 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
     `target` is a gRPC target: "host:port", "dns:///host:port", "unix:/path" (localhost:50051). `token` is sent as a
     bearer token. `ca`, `cert` and `key` (PEM: paths, or bytes) turn TLS on; `tls=True` alone trusts the system's
     authorities. `timeout` is each call's, in seconds (30). `retries` is how often a call that found the server
-    unavailable is sent again (2). `max_message_bytes` is the largest message to send or take (256 MiB).
+    unavailable is sent again (2). `max_message_bytes` is the largest message to send or take (256 MiB). `bulk` lets all that
+    others wait for go first (False).
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         timeout: float | None = None,
         retries: int | None = None,
         max_message_bytes: int | None = None,
+        bulk: bool | None = None,
     ) -> None:
         settings = ChannelSettings.resolve(
             target,
@@ -93,6 +95,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
             timeout=timeout,
             retries=retries,
             max_message_bytes=max_message_bytes,
+            bulk=bulk,
         )
         self._set_up(settings, None)
 
@@ -344,7 +347,8 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
                     pull_seconds = time.perf_counter() - start
                     stream.send(feed.add(pair))
                     stream.send(window.flush_if_slow(pull_seconds))
-                    self._take_received(stream, window, block=False)
+                    if stream.has_received:
+                        self._take_received(stream, window, block=False)
                 stream.send(window.flush())
                 yield from feed.take_ready()
                 if window.is_empty and not has_more:

@@ -40,6 +40,8 @@ NAMES: Final = {
 ITEMSIZES: Final = {number: 2 if name == "bfloat16" else np.dtype(name).itemsize for number, name in NAMES.items()}
 _FLOATS: Final = frozenset((FLOAT16, BFLOAT16, FLOAT32, FLOAT64))
 
+_SMALL_BYTES: Final = 64 * 1024
+
 # Up to here a number is within the range of every type.
 _SAFE: Final = 65504.0
 
@@ -92,13 +94,17 @@ class NumpyFamily:
     def tensor(self, wire: WireTensor) -> Any:
         """Return a tensor of an answer as an array."""
         data_type, shape, data = wire
-        array = np.empty(shape, _checked_dtype(data_type, shape, len(data)))
-        if data:
-            array.data.cast("B")[:] = data
+        dtype = _checked_dtype(data_type, shape, len(data))
+        array: np.ndarray[Any, Any]
+        if len(data) <= _SMALL_BYTES:
+            array = np.ndarray(shape, dtype, bytearray(data))  # the shortest way to memory of one's own
+        else:
+            array = np.empty(shape, dtype)
+            np.copyto(array, np.ndarray(shape, dtype, data))  # without the GIL
         if data_type == BFLOAT16:
-            dtype = self._bfloat16_dtype()
+            own = self._bfloat16_dtype()
             # Without a dtype object for it, float32 holds every bfloat16 exactly.
-            return (array.astype(np.uint32) << 16).view(np.float32) if dtype is None else array.view(dtype)
+            return (array.astype(np.uint32) << 16).view(np.float32) if own is None else array.view(own)
         return array
 
     def adopt(self, wire: WireTensor) -> Any:
@@ -156,9 +162,9 @@ def read_operand(value: Any, name: str) -> Operand:
     return _from_numpy(_as_numpy(value, name), name)
 
 
-def is_plain(value: Any) -> bool:
-    """Whether a value is an array whose elements, at least one, can be sent as they lie in memory."""
-    return type(value) is np.ndarray and value.dtype in _NUMBERS and value.flags.c_contiguous and value.size > 0
+def is_array(value: Any) -> bool:
+    """Whether a value is an array of NumPy's own, and of no class of somebody else's."""
+    return type(value) is np.ndarray
 
 
 def read_weight(value: Any) -> WireTensor:

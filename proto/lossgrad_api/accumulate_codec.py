@@ -5,13 +5,13 @@ Slices' tensor data are views into the received bytes, as everywhere. States sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from google.protobuf.message import DecodeError
 
 from lossgrad_api.request_codec import MAX_HEADER_BYTES, Layout, RequestView, header_too_large, split, without_data
-from lossgrad_api.response_codec import ResultView, decode_result, result_parts
+from lossgrad_api.response_codec import ResultView, decode_result
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_api.wire import (
     Buffer,
@@ -121,14 +121,13 @@ def encode_slice_request(
     return parts
 
 
-def encode_slice_result(sequence: int, results: Iterable[ResultView]) -> list[Buffer]:
-    """Return an AccumulateLossResponse that holds a slice's result, as parts to join."""
-    parts: list[Buffer] = [b""]
-    for result in results:
-        parts += result_parts(result)
+def encode_slice_result(sequence: int, results: Sequence[Buffer]) -> list[Buffer]:
+    """Return an AccumulateLossResponse that holds a slice's result, as parts to join.
+
+    `results` are the parts of the LossResults, each as the field numbered 2: as ComputeLossResponse has them, too.
+    """
     head = scalar_field(1, sequence)
-    parts[0] = varint(_RESULT) + varint(len(head) + sum(map(len, parts))) + head
-    return parts
+    return [varint(_RESULT) + varint(len(head) + sum(map(len, results))) + head, *results]
 
 
 def encode_state_response(state: Sequence[bytes], *, is_total: bool) -> list[Buffer]:

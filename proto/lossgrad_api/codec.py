@@ -43,8 +43,11 @@ from lossgrad_api.response_codec import (
     decode_compute_response,
     decode_stream_response,
     encode_compute_response,
+    encode_stats,
     encode_stream_response,
+    result_parts,
 )
+from lossgrad_api.response_form import ResponseForm, ResultForm, TensorForm
 from lossgrad_api.wire import Buffer, CodecError, HeaderTooLarge, WireTensor
 
 __all__ = [
@@ -61,13 +64,16 @@ __all__ = [
     "HeaderTooLarge",
     "KnownRequests",
     "RequestView",
+    "ResponseForm",
     "ResponseView",
+    "ResultForm",
     "ResultView",
     "SliceResultView",
     "SliceView",
     "StateView",
     "StatsView",
     "TaggedRequestView",
+    "TensorForm",
     "TooManyRequests",
     "WireTensor",
     "decode_accumulate_response",
@@ -79,10 +85,12 @@ __all__ = [
     "encode_slice_request",
     "encode_slice_result",
     "encode_state_response",
+    "encode_stats",
     "encode_stream_request",
     "encode_stream_response",
     "parse_request_header",
     "parse_slice_header",
+    "result_parts",
     "split_accumulate_request",
     "split_compute_request",
     "split_slice",

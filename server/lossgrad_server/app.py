@@ -26,10 +26,12 @@ from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.forming import BatchLimits
 from lossgrad_server.config import ConfigError, ServerConfig
 from lossgrad_server.metrics import Metrics
+from lossgrad_server.security import security
 from lossgrad_server.transport.call import Method
 from lossgrad_server.transport.grpc_server import create_server
 from lossgrad_server.transport.health import Health, health_method
 from lossgrad_server.transport.in_process import InProcessChannel
+from lossgrad_server.transport.open_inference.service import OpenInferenceDescription, OpenInferenceService
 from lossgrad_server.transport.pipeline import RequestPipeline
 from lossgrad_server.transport.service import LossService, ServiceDescription
 
@@ -37,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 # How long the device's running batch may take to end once nobody waits for it any more.
 _WORKER_STOP_SECONDS: Final = 10.0
+
+# How often requests are looked through for late ones.
+_EXPIRY_SECONDS: Final = 0.05
 
 # Memory kept for the next large message is given back once there has been no request for this long.
 _IDLE_SECONDS: Final = 5.0
@@ -51,6 +56,8 @@ class Core:
 
     def __init__(self, config: ServerConfig, loop: asyncio.AbstractEventLoop) -> None:
         self.device_lost = asyncio.Event()
+        self._expiry: asyncio.Task[None] | None = None
+        self.is_ready = False
         try:
             worker = engine.create_worker(config.device, config.threads or None, config.engine)
         except ValueError as error:
@@ -90,16 +97,43 @@ class Core:
             max_groups=config.max_groups,
         )
         self.methods: list[Method] = LossService(self.pipeline, description).methods()
+        if config.open_inference:
+            self.methods += OpenInferenceService(
+                self.pipeline,
+                OpenInferenceDescription(
+                    server_version=__version__,
+                    device=worker.device,
+                    max_message_bytes=config.max_message_bytes,
+                    max_queued_requests=config.max_queued_requests,
+                    max_stream_requests=config.max_stream_requests,
+                ),
+                is_ready=lambda: self.is_ready,
+            ).methods()
 
     async def warm_up(self) -> None:
         """Start the worker and wait until it is warm; from then on requests are served."""
         self.batcher.start()
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.wait_until_warm)
         self.pipeline.is_warm = True
-        self.metrics.ready.set(1)
+        self._expiry = asyncio.create_task(self._expire())
+        self.set_ready(True)
+
+    async def _expire(self) -> None:
+        """Hand back what is late, so that nobody is answered long after they stopped waiting."""
+        while True:
+            await asyncio.sleep(_EXPIRY_SECONDS)
+            if self.batcher.admitted_requests:
+                self.batcher.expire()
+
+    def set_ready(self, is_ready: bool) -> None:
+        """Say whether requests are served."""
+        self.is_ready = is_ready
+        self.metrics.ready.set(is_ready)
 
     async def close(self) -> None:
         """Answer what still waits, and stop the worker."""
+        if self._expiry is not None:
+            self._expiry.cancel()
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.close, _WORKER_STOP_SECONDS)
 
 
@@ -110,6 +144,7 @@ class Server:
         self.config = config
         self.port = 0
         self.metrics_port: int | None = None
+        self._security = security(config)  # before the device: a bad setting must be told at once
         self._core = Core(config, asyncio.get_running_loop())
         self._health = Health()
         self._grpc = create_server(
@@ -117,8 +152,11 @@ class Server:
             self._core.metrics,
             max_message_bytes=config.max_message_bytes,
             max_connection_age_seconds=config.max_connection_age_seconds,
+            tokens=self._security.tokens,
         )
         self._health.add_to(self._grpc)
+        if self._security.certificates is not None:
+            self._core.metrics.watch_certificates(self._security.certificates)
         if config.reflection:
             _add_reflection(self._grpc)
         self._stop_metrics: Callable[[], None] = lambda: None
@@ -137,7 +175,7 @@ class Server:
     async def start(self) -> None:
         """Bind the ports, warm up, and begin to serve. Raises ConfigError where a port cannot be had."""
         try:
-            self.port = self._grpc.add_insecure_port(self.config.address)
+            self.port = self._security.listen(self._grpc, self.config.address)
         except RuntimeError:
             raise ConfigError(
                 f"cannot listen on {self.config.address}: is it taken, or not an address of this machine? "
@@ -202,7 +240,7 @@ class Server:
     async def drain(self) -> None:
         """Stop without an error for anyone: say NOT_SERVING, serve on for the delay, refuse new calls, finish the rest."""
         logger.info("Draining: %s requests inside", self._core.batcher.admitted_requests)
-        self._core.metrics.ready.set(0)
+        self._core.set_ready(False)
         await self._health.set_ready(False)
         await asyncio.sleep(self.config.drain_delay_seconds)
         self._core.pipeline.drain()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import queue
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -19,7 +16,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from lossgrad_api.codec import SERVICE
 from lossgrad_api.v1 import loss_service_pb2 as pb
+from tests.server import losing_server
 from tests.server.calling import Connect, stub_on
+from tests.server.program import Program
 from tests.server.requests import request
 from tests.server.serving import PATIENCE_SECONDS
 
@@ -27,70 +26,12 @@ GOOD = request([1.0, 2.0], [3.0, 5.0])
 ONE = pb.StreamComputeLossRequest(requests=[pb.TaggedRequest(tag=1, request=GOOD)])
 
 
-class Program:
-    """A running lossgrad-server."""
-
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "lossgrad_server", "--device", "cpu", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
-        self.logged: list[str] = []
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.logged.append(line)
-            self._lines.put(line)
-        self._lines.put(None)
-
-    def ready_line(self) -> str:
-        """Wait for the line that says that it serves."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, "".join(self.logged)
-        return line.rstrip("\n")
-
-    def address(self) -> str:
-        return self.ready_line().removeprefix("lossgrad-server ready on ").split(", ")[0]
-
-    def wait_until_logged(self, text: str) -> None:
-        while (line := self._lines.get(timeout=PATIENCE_SECONDS)) is not None:
-            if text in line:
-                return
-        raise AssertionError(f"it ended without saying {text!r}: {self.logged}")
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def end(self) -> int:
-        """Wait until it has ended; return its exit status."""
-        code = self.process.wait(PATIENCE_SECONDS)
-        self._reader.join(PATIENCE_SECONDS)
-        return code
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        self._reader.join(PATIENCE_SECONDS)
-        for pipe in (self.process.stdout, self.process.stderr):
-            assert pipe is not None
-            pipe.close()
-
-
 @pytest.fixture
 def start() -> Iterator[Callable[..., Program]]:
     programs: list[Program] = []
 
-    def run(*arguments: str, **environment: str) -> Program:
-        programs.append(Program(*arguments, **environment))
+    def run(*arguments: str, **options: Any) -> Program:
+        programs.append(Program(*arguments, **options))
         return programs[-1]
 
     yield run
@@ -203,3 +144,31 @@ def test_a_port_that_is_taken_ends_it_with_2_and_one_line(start: Callable[..., P
     assert len(ours) == 1
     assert f"cannot listen on 127.0.0.1:{port}" in ours[0]
     assert not any("Traceback" in line for line in program.logged)
+
+
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_a_lost_device_ends_it_with_3_after_a_drain(
+    start: Callable[..., Program], connect: Connect, is_streaming: bool
+) -> None:
+    program = start(
+        *("--port", "0", "--metrics-port", "-1", "--drain-delay-seconds", "0", "--drain-grace-seconds", "600"),
+        program=["-P", losing_server.__file__],
+    )
+    channel = connect(program.address())
+    stub = stub_on(channel)
+    assert stub.ComputeLoss(GOOD).results
+    stream = OpenStream(channel) if is_streaming else None
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ComputeLoss(request([0.0] * losing_server.LOST_AT, [1.0] * losing_server.LOST_AT))
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert "the device cpu failed" in str(caught.value.details())
+    program.wait_until_logged("Device cpu is lost")
+    if stream is not None:
+        # The drain waits for it and answers it, though nothing can be computed any more.
+        answer = stream.ask_again().responses[0]
+        assert answer.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+        stream.close()
+        assert list(stream.answers) == []
+    assert program.end() == 3
+    assert program.logged[-1] == "lossgrad-server: device cpu failed; this process cannot use it any more\n"
+    assert not any("Traceback" in text for text in program.logged)

@@ -20,6 +20,7 @@ from lossgrad_server.engine.cpu_layout import CHUNK, LANES
 from lossgrad_server.engine.cpu_memory import Arena, OperandMismatch, output_memory
 from lossgrad_server.engine.cpu_pieces import PendingPieces, Pieces
 from lossgrad_server.engine.cpu_program import Program, program_of
+from lossgrad_server.engine.placement import JobOutputs, has_destinations
 from lossgrad_server.errors import InternalError
 from lossgrad_server.jobs import JobPlan, unpack_header
 from lossgrad_server.work import BatchResult, Buffer, Done, FailureKind, Pending, WorkFailure, WorkItem, WorkResult
@@ -27,7 +28,7 @@ from lossgrad_server.work import BatchResult, Buffer, Done, FailureKind, Pending
 logger = logging.getLogger(__name__)
 
 # Raised whenever the same request may get other bits from this engine than from the one before.
-KERNEL_VERSION: Final = 1
+KERNEL_VERSION: Final = 2
 
 # Requests of more work than this, elements times losses, are computed in pieces of this much for each thread. At 0.3 to
 # 0.5 ns an element this is half a millisecond: what a small request waits at most.
@@ -42,7 +43,7 @@ Outcome = WorkResult | WorkFailure
 
 def determinism() -> str:
     """Return what the results' bits depend on. Equal strings mean equal bits; x86-64 CPUs of any age give the same."""
-    return f"lossgrad-cpu {KERNEL_VERSION}; chunks of {CHUNK}, {LANES} lanes folded in half, compensated in index order"
+    return f"lossgrad-cpu {KERNEL_VERSION}; chunks of {CHUNK}, {LANES} lanes folded in half, added exactly"
 
 
 class CpuWorker:
@@ -139,7 +140,7 @@ class CpuWorker:
 
         Other items may be run between two pieces. Raises what is wrong with the item.
         """
-        return Pieces(self._arena, self._pool, program_of(item.header), item.operands, self._piece_work)
+        return Pieces(self._arena, self._pool, program_of(item.header), item, self._piece_work)
 
     def _run_large(self, item: WorkItem, times: list[int]) -> Outcome:
         started = perf_counter_ns()
@@ -161,6 +162,8 @@ class CpuWorker:
         """Compute items in one call. Where that cannot be done, one by one, so that the culprit fails alone."""
         if not items:
             return []
+        if any(map(has_destinations, items)):
+            return self._run_placed(items, programs, times)
         started = perf_counter_ns()
         output_bytes = work = 0
         buffers: list[Buffer] = []
@@ -174,7 +177,7 @@ class CpuWorker:
             memory = output_memory(output_bytes)
             buffers.append(memory)
             packed = perf_counter_ns()
-            scalars = self._arena.compute(programs, buffers, holding_gil=work < _HOLDING_GIL_WORK)
+            records = self._arena.compute(programs, buffers, holding_gil=work < _HOLDING_GIL_WORK)
         except Exception as error:
             if len(items) == 1:
                 return [failure(error, programs[0])]
@@ -185,13 +188,37 @@ class CpuWorker:
         for program in programs:
             last_result = first_result + program.result_bytes
             outputs = tuple([memory[first_byte + begin : first_byte + end] for begin, end in program.output_spans])
-            outcomes.append(WorkResult(scalars[first_result:last_result], outputs))
+            outcomes.append(program.result(records[first_result:last_result], outputs))
             first_result = last_result
             first_byte += program.output_bytes
         times[0] += packed - started
         times[1] += computed - packed
         times[2] += perf_counter_ns() - computed
         return outcomes
+
+    def _run_placed(self, items: Sequence[WorkItem], programs: list[Program], times: list[int]) -> list[Outcome]:
+        """Compute items of which some say where outputs are wanted: those by themselves, the others in one call."""
+        outcomes: dict[int, Outcome] = {}
+        others = [index for index, item in enumerate(items) if not has_destinations(item)]
+        computed = self._run_small([items[index] for index in others], [programs[index] for index in others], times)
+        outcomes.update(zip(others, computed, strict=True))
+        for index, (item, program) in enumerate(zip(items, programs, strict=True)):
+            if index in outcomes:
+                continue
+            started = packed = perf_counter_ns()
+            try:
+                if len(item.operands) != program.operand_count:
+                    raise OperandMismatch
+                outputs = JobOutputs(program, item)
+                packed = perf_counter_ns()
+                buffers: list[Buffer] = [*item.operands, outputs.memory]
+                scalars = self._arena.compute([outputs.program], buffers, holding_gil=program.work < _HOLDING_GIL_WORK)
+                outcomes[index] = WorkResult(scalars, outputs.parts)
+            except Exception as error:
+                outcomes[index] = failure(error, program)
+            times[0] += packed - started
+            times[1] += perf_counter_ns() - packed
+        return [outcomes[index] for index in range(len(items))]
 
 
 def failure(error: Exception, program: Program | None) -> WorkFailure:

@@ -1,9 +1,9 @@
 """AccumulateLoss: slices come in, one at a time is computed, and their exact total goes out. The server keeps nothing.
 
-A session belongs to one call and runs in the event loop's thread, in three places: the reading task receives and checks a
-slice while the one before it is computed; `_on_done` counts a computed slice in and puts its answer into the outbox; the
-writing task sends. So inside are at most one slice that is received, one that is computed, and two answers. Beyond that
-the stream is not read from, and backpressure reaches the caller through HTTP/2's flow control.
+A session belongs to one call and runs in the event loop's thread. Its reading task receives and checks a slice while the
+one before it is computed; an answer that comes back from the queue is counted in and put into the outbox; the writing task
+sends it. So inside are at most one slice that is received, one that is computed, and two answers. Beyond that the stream is
+not read from, and backpressure reaches the caller through HTTP/2's flow control.
 
 What ends a stream early ends it behind the slice that is being computed: its answer, then the state if it changed, then
 the error. So the caller goes on from there, on any server, and nothing that was computed is computed again.
@@ -12,17 +12,17 @@ the error. So the caller goes on from there, on any server, and nothing that was
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from lossgrad_api import codec
 from lossgrad_api.accumulation import Accumulation, AccumulationReader, LossTotal, StateError
 from lossgrad_api.exact_sums import ExactSum
-from lossgrad_server.batching.job import Computed, Job
-from lossgrad_server.errors import InternalError, InvalidRequest, Reason, RequestError
+from lossgrad_server.batching.job import ANYONE, Computed, Origin
+from lossgrad_server.errors import InvalidRequest, Reason, RequestError
 from lossgrad_server.jobs import JobPlan
 from lossgrad_server.metrics import SliceOutcome
 from lossgrad_server.transport.accumulate_checks import (
@@ -33,13 +33,12 @@ from lossgrad_server.transport.accumulate_checks import (
     check_config,
     check_losses,
 )
-from lossgrad_server.transport.answers import results
+from lossgrad_server.transport.answers import result_fields
 from lossgrad_server.transport.call import Call, Send
 from lossgrad_server.transport.checks import malformed
-from lossgrad_server.transport.pipeline import RequestPipeline, joined
+from lossgrad_server.transport.origin import CallOrigin
+from lossgrad_server.transport.pipeline import Answer, PendingRequest, RequestPipeline, joined
 from lossgrad_server.work import SPEC_RESULT, WorkItem, WorkResult, unpack_totals
-
-logger = logging.getLogger(__name__)
 
 API: Final = "accumulate"
 
@@ -52,7 +51,16 @@ _TURN_SECONDS: Final = 0.001
 # How long a slice waits for room in a full queue before its stream is ended. It holds its memory meanwhile.
 _QUEUE_PATIENCE_SECONDS: Final = 5.0
 
-_Unsent = list[codec.Buffer] | tuple[Accumulation, bool]  # a slice's answer; or a state, and whether it is the total
+
+@dataclass(frozen=True, slots=True)
+class _StateToSend:
+    """A state as it was when it was put into the outbox."""
+
+    state: Accumulation
+    is_total: bool
+
+
+_Unsent = Sequence[codec.Buffer] | _StateToSend
 
 
 class AccumulationSession:
@@ -70,7 +78,8 @@ class AccumulationSession:
         self._groups: GroupChecker
         self._is_open = False
         self._uncovered = 0  # slices that were counted since the last state was sent
-        self._computing: _SliceJob | None = None
+        self._computing: _PendingSlice | None = None  # or about to be
+        self._origin: Origin = ANYONE
         self._outbox: deque[_Unsent] = deque()  # the first one is being sent
         self._is_finished = False
         self._error: RequestError | None = None
@@ -80,11 +89,11 @@ class AccumulationSession:
 
     async def run(self, messages: AsyncIterator[bytes], call: Call) -> None:
         """Serve the call to its end. Raises RequestError."""
+        self._origin = CallOrigin(call)
         try:
             with self._metrics.accumulations.track_inprogress(), self._pipeline.draining(self._drain):
-                async with (
-                    asyncio.TaskGroup() as tasks
-                ):  # where reading or writing fails, the other must not wait for it
+                # Where reading or writing fails, the other must not wait for it.
+                async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._write())
                     self._reader = tasks.create_task(self._read(messages, call))
                     await asyncio.wait((self._reader,))
@@ -106,15 +115,15 @@ class AccumulationSession:
             except RequestError as error:
                 self._error = error
         if self._error is None:
-            self._put((self._state.copy(), True))
+            self._put(_StateToSend(self._state.copy(), is_total=True))
         elif self._uncovered:
-            self._put((self._state.copy(), False))
+            self._put(_StateToSend(self._state.copy(), is_total=False))
         self._is_finished = True
         self._has_answers.set()
 
     def _fail(self, error: RequestError) -> None:
         """End the stream behind the slice that is being computed."""
-        self._error = self._error or error
+        self._error = error
         assert self._reader is not None  # noqa: S101 - for the type checker
         self._reader.cancel()
 
@@ -155,7 +164,7 @@ class AccumulationSession:
                     "the stream ended before its config; send one first", reason=Reason.UNEXPECTED_PART, field="config"
                 )
         except RequestError as error:
-            self._error = error
+            self._error = self._error or error
 
     async def _open(self, part: codec.ConfigView | codec.SliceView | None) -> None:
         if not isinstance(part, codec.ConfigView):
@@ -202,72 +211,60 @@ class AccumulationSession:
                 self._groups.check(part)
                 plan, item = self._slices.check(part)
         except RequestError as error:
-            self._count_failed(None, error)
+            self._metrics.failed(None, API, error)
+            self._metrics.slices[SliceOutcome.FAILED].inc()
             raise
         if is_held:
             await self._until(lambda: len(self._outbox) < _MAX_UNSENT)
             self._metrics.slices[SliceOutcome.REPEATED].inc()
             self._put(codec.encode_slice_result(part.sequence, ()))
             return
+        request = _PendingSlice(self, self._pipeline, part, plan, item, started_ns, call.deadline)
+        request.origin = self._origin
         self._metrics.stage("decode", time.perf_counter_ns() - started_ns)
         await self._until(lambda: self._computing is None and len(self._outbox) < _MAX_UNSENT)
+        self._computing = request
+        try:
+            await self._offer(request)
+        except asyncio.CancelledError:  # it was not queued yet, so it never will be
+            self._computing = None
+            self._progress.set()
+            raise
+
+    async def _offer(self, request: _PendingSlice) -> None:
+        """Queue a slice. Where the queue is full it waits: for its caller that is backpressure, and no error yet."""
         patience = time.monotonic() + _QUEUE_PATIENCE_SECONDS
-        while (
-            refusal := self._submit(_SliceJob(part, plan, item, self._on_done, call.deadline, started_ns))
-        ) is not None:
+        while (refusal := self._pipeline.offer(request)) is not None:
             is_full = refusal.reason in (Reason.QUEUE_FULL, Reason.QUEUE_BYTES_FULL)
             if not is_full or time.monotonic() > patience:
-                self._count_failed(plan, refusal)
-                raise refusal
-            # One slice waits here, and nothing is read meanwhile: for its caller that is backpressure, not an error.
+                request.done(refusal)
+                return
             await asyncio.sleep(refusal.retry_after_seconds or 0.0)
-
-    def _count_failed(self, plan: JobPlan | None, error: RequestError) -> None:
-        self._metrics.failed(plan, API, error)
-        self._metrics.slices[SliceOutcome.FAILED].inc()
-
-    def _submit(self, job: _SliceJob) -> RequestError | None:
-        self._computing = job
-        error = self._pipeline.submit_job(job)
-        if error is not None:
-            self._computing = None
-        return error
 
     # ---- Counting ----
 
-    def _on_done(self, job: Job, outcome: Computed | RequestError) -> None:
-        assert isinstance(job, _SliceJob)  # noqa: S101 - for the type checker
+    def count(self, request: _PendingSlice, computed: Computed) -> list[codec.Buffer]:
+        """Add a computed slice to the state; return the parts of its answer."""
+        part, result = request.part, computed.result
+        answer = codec.encode_slice_result(part.sequence, result_fields(request.item.header, result))
+        self._state.add(part.sequence, part.group, request.plan.element_count, _totals(result))
+        return answer
+
+    def take_answer(self, request: _PendingSlice, answer: Answer) -> None:
+        """Send a slice's answer; or end the stream, where it failed."""
         self._computing = None
         self._progress.set()
-        if not isinstance(outcome, RequestError):
-            try:
-                self._count(job, outcome)
-                return
-            except Exception:
-                # A bug of ours, such as a worker without totals. The caller must learn of it.
-                logger.exception("Counting slice %d failed", job.part.sequence)
-                outcome = InternalError()
-        self._count_failed(job.plan, outcome)
-        outcome.message = f"slice {job.part.sequence}: {outcome.message}"
-        self._fail(outcome)
-
-    def _count(self, job: _SliceJob, computed: Computed) -> None:
-        begun_ns = time.perf_counter_ns()
-        part = job.part
-        answer = codec.encode_slice_result(part.sequence, results(job, computed))
-        self._state.add(part.sequence, part.group, job.plan.element_count, _totals(computed.result))
+        if isinstance(answer, RequestError):
+            self._metrics.slices[SliceOutcome.FAILED].inc()
+            answer.message = f"slice {request.part.sequence}: {answer.message}"
+            self._fail(answer)
+            return
+        self._metrics.slices[SliceOutcome.COUNTED].inc()
         self._put(answer)
         self._uncovered += 1
         if self._uncovered == self._config.snapshot_every_slices:
-            self._put((self._state.copy(), False))
+            self._put(_StateToSend(self._state.copy(), is_total=False))
             self._uncovered = 0
-        now_ns = time.perf_counter_ns()
-        metrics = self._metrics
-        metrics.slices[SliceOutcome.COUNTED].inc()
-        metrics.stage("queue", computed.queue_ns)
-        metrics.stage("encode", now_ns - begun_ns)
-        seconds = (now_ns - job.started_ns) * 1e-9
-        metrics.of_request(job.plan, API).done(seconds, job.plan.element_count, computed.result)
 
     # ---- Writing ----
 
@@ -284,41 +281,47 @@ class AccumulationSession:
                 await self._has_answers.wait()
                 continue
             answer = self._outbox[0]
-            parts = answer if isinstance(answer, list) else await _encoded(*answer)
+            parts = await _encoded(answer) if isinstance(answer, _StateToSend) else answer
             await self._send(await joined(parts, API, self._metrics))
             self._outbox.popleft()
             self._progress.set()
 
 
-class _SliceJob(Job):
+class _PendingSlice(PendingRequest):
     """A slice on its way through the queue."""
 
-    __slots__ = ("part", "started_ns")
+    __slots__ = ("_session", "part")
 
     def __init__(
         self,
+        session: AccumulationSession,
+        pipeline: RequestPipeline,
         part: codec.SliceView,
         plan: JobPlan,
         item: WorkItem,
-        on_done: Callable[[Job, Computed | RequestError], None],
-        deadline: float | None,
         started_ns: int,
+        deadline: float | None,
     ) -> None:
-        super().__init__(plan, item, on_done, deadline)
+        super().__init__(
+            pipeline, plan, item, started_ns=started_ns, api=API, deadline=deadline, on_answer=session.take_answer
+        )
+        self._session = session
         self.part = part
-        self.started_ns = started_ns
+
+    def _encode(self, computed: Computed) -> Sequence[codec.Buffer]:
+        return self._session.count(self, computed)
 
 
-async def _encoded(state: Accumulation, is_total: bool) -> list[codec.Buffer]:
+async def _encoded(unsent: _StateToSend) -> list[codec.Buffer]:
     """Return a state's message as parts. A group is encoded once for all snapshots in which it is the same."""
     parts: list[bytes] = []
     turn_started = time.perf_counter()
-    for part in state.encoded_parts():
+    for part in unsent.state.encoded_parts():
         parts.append(part)
         if time.perf_counter() - turn_started > _TURN_SECONDS:
             await asyncio.sleep(0)
             turn_started = time.perf_counter()
-    return codec.encode_state_response(parts, is_total=is_total)
+    return codec.encode_state_response(parts, is_total=unsent.is_total)
 
 
 def _totals(result: WorkResult) -> list[LossTotal]:

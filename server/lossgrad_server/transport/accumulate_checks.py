@@ -14,6 +14,9 @@ from lossgrad_server.jobs import JobPlan, SpecPlan
 from lossgrad_server.transport.checks import check_size, check_specs, malformed, plan_of
 from lossgrad_server.work import WorkItem
 
+# A stream's slices are alike: the last may be shorter, or each is of one of a few sizes.
+_MAX_KNOWN_LENGTHS: Final = 64
+
 # What a group takes in a state, at most: two sums in 56 numbers each and the rest of a LossState, for each loss.
 _GROUP_BYTES: Final = 256
 _LOSS_BYTES: Final = 1024
@@ -111,7 +114,9 @@ class SliceChecker:
         self._held_sequence = last_sequence
         self._element_count = element_count
         self._max_message_bytes = max_message_bytes
-        self._known: codec.KnownRequests[JobPlan] = codec.KnownRequests(codec.SLICE_LAYOUT)
+        self._known: codec.KnownRequests[JobPlan] = codec.KnownRequests(
+            codec.SLICE_LAYOUT, max_lengths=_MAX_KNOWN_LENGTHS
+        )
 
     def is_held(self, part: codec.SliceView) -> bool:
         """Check a slice's number; return whether the state that the stream began with holds the slice already."""

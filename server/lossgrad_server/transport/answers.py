@@ -2,61 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
+from typing import Final
 
-from lossgrad_api.codec import Buffer, ResultView, StatsView, WireTensor, encode_compute_response
+from lossgrad_api.codec import (
+    Buffer,
+    ResponseForm,
+    ResultForm,
+    ResultView,
+    StatsView,
+    TensorForm,
+    WireTensor,
+    encode_stats,
+    result_parts,
+)
 from lossgrad_api.v1 import loss_service_pb2 as pb
-from lossgrad_server.batching.job import Computed, Job
-from lossgrad_server.jobs import Role
-from lossgrad_server.work import SPEC_RESULT, unpack_totals
+from lossgrad_server.batching.job import Computed
+from lossgrad_server.jobs import Role, unpack_header
+from lossgrad_server.work import SPEC_RESULT, WorkResult, unpack_totals
+
+_NONE: Final = bytes(8)
+_NONFINITE_AT: Final = SPEC_RESULT.size - 8
 
 
-def results(job: Job, computed: Computed) -> list[ResultView]:
-    """Return the job's results, in the order of its specs."""
-    plan = job.plan
-    tensors: dict[tuple[int, Role], WireTensor] = {}
-    for output, data in zip(plan.outputs, computed.result.outputs, strict=True):
-        tensors[output.spec_index, output.role] = WireTensor(output.tensor.data_type, output.tensor.shape, data)
-    totals = _totals(computed) if plan.wants_totals else ()
-    find = tensors.get
-    return [
-        ResultView(
-            scalar=scalar if plan.specs[index].reduction.is_scalar else None,
-            tensor=find((index, Role.LOSS)),
-            element_count=element_count,
-            weight_sum=weight_sum,
-            nonfinite_count=nonfinite_count,
-            target_gradient=find((index, Role.TARGET_GRADIENT)),
-            input_gradient=find((index, Role.INPUT_GRADIENT)),
-            total=totals[index] if plan.specs[index].include_total else None,
-        )
-        for index, (scalar, element_count, weight_sum, nonfinite_count) in enumerate(
-            SPEC_RESULT.iter_unpack(computed.result.scalars)
-        )
-    ]
-
-
-def response_parts(
-    computed: Computed, results: Sequence[ResultView], device: str, idempotency_key: str
-) -> list[Buffer]:
-    """Return the response as parts to join."""
-    stats = StatsView(
-        queue_ns=computed.queue_ns,
-        pack_ns=computed.pack_ns,
-        compute_ns=computed.compute_ns,
-        unpack_ns=computed.unpack_ns,
-        batch_request_count=computed.batch_request_count,
-        batch_element_count=computed.batch_element_count,
-        device=device,
+@lru_cache(maxsize=4096)
+def response_form(header: bytes) -> ResponseForm:
+    """Return what writes the answers to requests with the plan that a header holds. Cached: callers repeat themselves."""
+    plan = unpack_header(header)
+    tensors: list[list[TensorForm]] = [[] for _ in plan.specs]
+    for output in plan.outputs:
+        tensor = output.tensor
+        tensors[output.spec_index].append(TensorForm(output.role, tensor.data_type, tensor.shape, tensor.byte_count))
+    return ResponseForm(
+        ResultForm(spec.reduction.is_scalar, tuple(found)) for spec, found in zip(plan.specs, tensors, strict=True)
     )
-    return encode_compute_response(stats, results, idempotency_key)
 
 
-def _totals(computed: Computed) -> list[bytes]:
-    """Return the serialised LossState of each spec."""
+def response_parts(header: bytes, computed: Computed, stats: bytes, idempotency_key: str) -> list[Buffer]:
+    """Return the response as parts to join. `header` is its plan's, `stats` from `stats_bytes`."""
     result = computed.result
-    return [
-        pb.LossState(
+    if result.totals:
+        more = [b"\x1a" + bytes((len(key),)) + key] if (key := idempotency_key.encode()) else []  # 128 bytes at most
+        return [stats, *result_fields(header, result), *more]
+    return response_form(header).parts(stats, result.scalars, result.outputs, idempotency_key)
+
+
+def result_fields(header: bytes, result: WorkResult) -> list[Buffer]:
+    """Return the results alone, each as the field numbered 2 of what holds them, as parts to join."""
+    if result.totals:
+        return _fields_with_totals(header, result)
+    return response_form(header).parts(b"", result.scalars, result.outputs)
+
+
+def _fields_with_totals(header: bytes, result: WorkResult) -> list[Buffer]:
+    """Return the results of a job that wanted totals, each with its own where its spec asks for it."""
+    plan = unpack_header(header)
+    tensors: dict[tuple[int, Role], WireTensor] = {}
+    for output, data in zip(plan.outputs, result.outputs, strict=True):
+        tensors[output.spec_index, output.role] = WireTensor(output.tensor.data_type, output.tensor.shape, data)
+    parts: list[Buffer] = []
+    records = zip(plan.specs, SPEC_RESULT.iter_unpack(result.scalars), unpack_totals(result.totals), strict=True)
+    for index, (spec, (scalar, element_count, weight_sum, nonfinite_count), total) in enumerate(records):
+        state = pb.LossState(
             partial_sums=total.partials,
             element_count=element_count,
             weight_sum=weight_sum,
@@ -64,8 +71,30 @@ def _totals(computed: Computed) -> list[bytes]:
             max=total.maximum + 0.0,
             nonfinite_count=nonfinite_count,
             weight_partial_sums=total.weight_partials,
-        ).SerializeToString()
-        for total, (_, element_count, weight_sum, nonfinite_count) in zip(
-            unpack_totals(result.totals), SPEC_RESULT.iter_unpack(result.scalars), strict=True
         )
-    ]
+        parts += result_parts(
+            ResultView(
+                scalar if spec.reduction.is_scalar else None,
+                tensors.get((index, Role.LOSS)),
+                element_count,
+                weight_sum,
+                nonfinite_count,
+                tensors.get((index, Role.TARGET_GRADIENT)),
+                tensors.get((index, Role.INPUT_GRADIENT)),
+                state.SerializeToString() if spec.include_total else None,
+            )
+        )
+    return parts
+
+
+def stats_bytes(computed: Computed, device: str) -> bytes:
+    """Return the response's ComputeStats; equal for all jobs of a batch that waited equally long."""
+    return encode_stats(StatsView(computed.queue_ns, *computed.batch[:5], device))
+
+
+def has_nonfinite(computed: Computed) -> bool:
+    """Return whether any loss of any element is NaN or infinite."""
+    scalars = computed.result.scalars
+    if len(scalars) == SPEC_RESULT.size:
+        return scalars[_NONFINITE_AT:] != _NONE
+    return any(scalars[at : at + 8] != _NONE for at in range(_NONFINITE_AT, len(scalars), SPEC_RESULT.size))

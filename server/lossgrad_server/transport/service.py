@@ -13,7 +13,8 @@ from lossgrad_server.errors import RequestError
 from lossgrad_server.jobs import DataType
 from lossgrad_server.transport.accumulate import AccumulationSession
 from lossgrad_server.transport.call import Call, Method, Send
-from lossgrad_server.transport.pipeline import Answer, PendingRequest, RequestPipeline, joined
+from lossgrad_server.transport.origin import CallOrigin
+from lossgrad_server.transport.pipeline import Answer, PendingComputeLoss, RequestPipeline, joined
 from lossgrad_server.transport.stream import StreamSession
 
 API: Final = "native"
@@ -55,18 +56,19 @@ class LossService:
         """Answer a ComputeLossRequest with a ComputeLossResponse."""
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
-        def on_answer(_: PendingRequest, answer: Answer) -> None:
+        def on_answer(_: PendingComputeLoss, answer: Answer) -> None:
             if not answered.done():
                 answered.set_result(answer)
 
         metrics = self._pipeline.metrics
         metrics.request_bytes.labels(API).observe(len(request))
         pending = self._pipeline.open(request, 0, None, api=API, deadline=call.deadline, on_answer=on_answer)
+        pending.origin = CallOrigin(call)
         self._pipeline.submit([pending])
         try:
             answer = await answered
         except asyncio.CancelledError:
-            pending.job.cancelled = True
+            pending.cancelled = True
             raise
         if isinstance(answer, RequestError):
             answer.request_id = pending.idempotency_key

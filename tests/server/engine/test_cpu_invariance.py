@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lossgrad_server.engine.cpu_worker import CpuWorker
 from lossgrad_server.jobs import DataType, LossKind, Reduction, SpecPlan
 from lossgrad_server.work import WorkFailure, WorkItem, WorkResult
-from tests.server.engine.building import FLOATS, Job, job, result_bytes, spec
+from tests.server.engine.building import FLOATS, Job, job, result_bytes, spec, with_totals
 
 # Lengths around where the engine changes what it does: rows of lanes, blocks, chunks.
 LENGTHS = [0, 1, 2, 3, 63, 64, 65, 255, 256, 257, 511, 512, 513, 4095, 4096, 4097, 9001]
@@ -94,8 +94,11 @@ def jobs(draw: st.DrawFn) -> Job:
         x.flat[random.integers(0, x.size, 3)] = draw(st.sampled_from(SPECIALS))
     weight = random.uniform(-1, 2, size=shape) if draw(st.booleans()) else None
     mask = random.random(shape) < draw(st.sampled_from([0.0, 0.5, 0.99])) if draw(st.booleans()) else None
-    return job(
-        draw(specs()),
+    own_specs = draw(specs())
+    can_have_totals = not any(one.reduction.is_per_sample for one in own_specs)
+    finish = with_totals if can_have_totals and draw(st.booleans()) else _as_it_is
+    made = job(
+        own_specs,
         x,
         y if target_type.is_floating_point else np.clip(np.rint(y), 0, 1),
         data_type,
@@ -104,6 +107,11 @@ def jobs(draw: st.DrawFn) -> Job:
         weight_type=draw(st.sampled_from(FLOATS)),
         mask=mask,
     )
+    return finish(made)
+
+
+def _as_it_is(one: Job) -> Job:
+    return one
 
 
 def company() -> list[WorkItem]:
@@ -116,7 +124,7 @@ def company() -> list[WorkItem]:
         ).item,
         job(spec(), [], [], DataType.FLOAT64).item,
         job(spec(reduction=Reduction.SAMPLE_MEAN), np.ones((300, 3)), np.zeros((300, 1)), DataType.FLOAT16).item,
-        job(spec(LossKind.MSE), np.ones(20_000), np.zeros(20_000)).item,
+        with_totals(job(spec(LossKind.MSE), np.ones(20_000), np.zeros(20_000))).item,
         WorkItem(b"", ()),
         WorkItem(nan.plan.header, (b"\x00" * 2800,)),
         WorkItem(nan.plan.header, (b"\x00" * 2800, b"\x00" * 2804)),
@@ -132,14 +140,18 @@ def moved(data: bytes, offset: int) -> memoryview:
     return memoryview(memory)[first : first + len(data)]  # type: ignore[arg-type]
 
 
-@settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+# Each example is four comparisons.
+@settings(
+    max_examples=1000 if os.environ.get("CI") else 250,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(one=jobs(), data=st.data())
 def test_an_items_bits_depend_on_nothing_else(workers: list[CpuWorker], one: Job, data: st.DataObject) -> None:
     (alone,) = workers[0].run([one.item]).outcomes
     assert isinstance(alone, WorkResult)
     expected = result_bytes(alone)
     others = company()
-    for worker in workers:  # 250 examples of four comparisons each: 1,000 cases
+    for worker in workers:
         around = data.draw(st.lists(st.sampled_from(range(len(others))), max_size=4))
         place = data.draw(st.integers(0, len(around)))
         offsets = data.draw(st.tuples(*[st.integers(0, 63) for _ in one.operands]))
@@ -164,6 +176,7 @@ def test_other_requests_between_two_pieces_change_no_bits(workers: list[CpuWorke
         job(wide, x, y, DataType.FLOAT64, weight=random.uniform(size=x.shape), mask=random.random(x.shape) < 0.5),
         job(wide, x, y[:1], DataType.FLOAT16),
         job(wide, x[:, :1], y, DataType.BFLOAT16),
+        with_totals(job(wide[:3], x, y, DataType.BFLOAT16, weight=random.normal(size=x.shape))),
     ]
     for worker in workers[1:]:
         expected = workers[0].run([one.item for one in large]).outcomes
@@ -184,7 +197,7 @@ _PRINT_DIGEST = """
 import hashlib, numpy as np
 from lossgrad_server.engine.cpu_worker import CpuWorker
 from lossgrad_server.jobs import LossKind, Reduction
-from tests.server.engine.building import FLOATS, job, spec
+from tests.server.engine.building import FLOATS, job, spec, with_totals
 worker, digest, random = CpuWorker(), hashlib.sha256(), np.random.default_rng(5)
 worker.warm_up()
 specs = [spec(kind, 0.3, reduction, scale=1.7) for kind in LossKind for reduction in Reduction][:16]
@@ -198,6 +211,9 @@ for data_type in FLOATS:
             digest.update(outcome.scalars)
             for output in outcome.outputs:
                 digest.update(output)
+            one = with_totals(job([one for one in specs if not one.reduction.is_per_sample], x, y, data_type))
+            (outcome,) = worker.run([one.item]).outcomes
+            digest.update(outcome.totals)
 print(digest.hexdigest())
 """
 
