@@ -6,7 +6,6 @@ import io
 import math
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -20,7 +19,6 @@ from lossgrad import (
     L1,
     MSE,
     BatchResult,
-    Checkpoint,
     EvaluationReport,
     InvalidRequest,
     LossClient,
@@ -411,85 +409,3 @@ def test_no_batches_are_an_empty_report_and_no_call() -> None:
 def test_a_server_that_is_not_there_is_told_at_once() -> None:
     with LossClient("127.0.0.1:9", retries=0) as nobody, pytest.raises(Unavailable, match=r"127\.0\.0\.1:9"):
         nobody.evaluate([(INPUT, TARGET)])
-
-
-def test_several_servers_share_the_work_with_the_same_bits(client: LossClient, start_server: StartServer) -> None:
-    servers = [start_server() for _ in range(2)]
-    batches = [(INPUT[i:], TARGET[i:], {"group": i % 3}) for i in range(200)]
-    shared = client.evaluate(batches, LOSSES, endpoints=[server.address for server in servers], per_batch=True)
-    alone = client.evaluate(batches, LOSSES, per_batch=True)
-    assert shared.accumulation == alone.accumulation
-    assert [batch.to_dict() for batch in shared.batches] == [batch.to_dict() for batch in alone.batches]
-    assert {server.target for server in shared.servers} == {server.address for server in servers}
-    for server in servers:
-        assert server.metrics.registry.get_sample_value("lossgrad_batches_total", {"closed_by": "drained"}) != 0
-        assert "lossgrad_requests_total" in server.scrape() if server.config.metrics_port >= 0 else True
-
-
-class Interrupting:
-    """Batches that can be indexed, that stop the run where told, and that say which were read."""
-
-    def __init__(self, stop_at: int) -> None:
-        self.stop_at = stop_at
-        self.read: list[int] = []
-
-    def __len__(self) -> int:
-        return 50
-
-    def __getitem__(self, index: int) -> Any:
-        if index == self.stop_at:
-            raise KeyboardInterrupt
-        self.read.append(index)
-        return INPUT[index:], TARGET[index:], {"group": index % 3}
-
-
-@pytest.mark.parametrize("stops", [[0], [20], [49], [1, 2, 30, 31, 48]])
-def test_an_interrupted_evaluation_goes_on_where_it_was(client: LossClient, tmp_path: Path, stops: list[int]) -> None:
-    path = tmp_path / "run.lossgrad"
-    uninterrupted = client.evaluate(Interrupting(-1), LOSSES, per_batch=True)
-    counted = 0
-    for stop in stops:
-        with pytest.raises(KeyboardInterrupt):
-            client.evaluate(Interrupting(stop), LOSSES, per_batch=True, checkpoint=Checkpoint(path, key="boxes"))
-    last = Interrupting(-1)
-    report = client.evaluate(last, LOSSES, per_batch=True, checkpoint=Checkpoint(path, key="boxes"))
-    counted = report.resumed_batch_count
-    assert report.accumulation == uninterrupted.accumulation
-    assert [batch.to_dict() for batch in report.batches] == [batch.to_dict() for batch in uninterrupted.batches]
-    assert len(last.read) == 50 - counted
-    again = Interrupting(-1)
-    assert client.evaluate(again, LOSSES, checkpoint=Checkpoint(path, key="boxes")).accumulation == report.accumulation
-    assert again.read == []
-
-
-def test_an_interruption_while_a_batch_is_counted_leaves_the_file_as_it_was(client: LossClient, tmp_path: Path) -> None:
-    path = tmp_path / "run.lossgrad"
-    client.evaluate([(INPUT, TARGET)] * 3, LOSSES, checkpoint=path)
-    before = path.read_bytes()
-    calls = 0
-
-    class Interrupted(str):
-        """A group's name that is interrupted when the dictionary of groups compares it."""
-
-        __slots__ = ()
-
-        def __hash__(self) -> int:
-            nonlocal calls
-            calls += 1
-            if calls > 2:
-                raise KeyboardInterrupt
-            return super().__hash__()
-
-    batches = [(INPUT, TARGET)] * 3 + [(INPUT, TARGET, {"group": Interrupted("a")})]
-    with pytest.raises(KeyboardInterrupt):
-        client.evaluate(batches, LOSSES, checkpoint=path)
-    assert path.read_bytes() == before
-
-
-def test_a_batch_that_failed_is_tried_again_by_the_next_run(client: LossClient, tmp_path: Path) -> None:
-    path = tmp_path / "run.lossgrad"
-    first = client.evaluate([(INPUT, TARGET), BAD[1]], LOSSES, on_error="collect", checkpoint=path)
-    assert len(first.errors) == 1
-    second = client.evaluate([(INPUT, TARGET), (INPUT, TARGET)], LOSSES, checkpoint=path)
-    assert second.resumed_batch_count == 1
-    assert second.accumulation == client.evaluate([(INPUT, TARGET)] * 2, LOSSES).accumulation
