@@ -26,6 +26,7 @@ from lossgrad_api.codec import Buffer, CodecError, ResponseView, decode_stream_r
 MAX_SLICES: Final = 4 * MAX_REQUESTS_PER_MESSAGE
 # Slices from here on have a message of their own. Below, a message's own cost is worth the second copy that packing takes.
 ALONE_BYTES: Final = 512 * 1024
+_ANSWERS_BYTES: Final = 5 * 1024 * 1024
 _MAX_ATTEMPTS: Final = 16  # counted for the backoff's sake
 _MAX_ODD_BREAKS: Final = 5
 # How streams end where something between here and the server breaks. UNAVAILABLE nearly always, and for as long as the
@@ -81,7 +82,8 @@ class SliceWindow:
         clock: Callable[[], float],
     ) -> None:
         self.lanes = [Lane(number) for number in range(lanes)]
-        self._max_bytes = max(1, max_bytes // lanes)
+        # Servers put answers together, up to a size that a client of a smaller limit would refuse: one at a time, then.
+        self._max_bytes = max(1, max_bytes // lanes) if max_message_bytes >= _ANSWERS_BYTES else 1
         self._message_bytes = min(FULL_MESSAGE_BYTES, max_message_bytes, max(1, self._max_bytes // 2))
         self._silence_seconds = silence_seconds
         self._patience_seconds = patience_seconds
