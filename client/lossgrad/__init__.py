@@ -23,7 +23,9 @@ from lossgrad.embedded import embedded
 
 if TYPE_CHECKING:
     from lossgrad import nn as nn
+    from lossgrad.accumulation import Accumulation
     from lossgrad.aio import AsyncLossClient
+    from lossgrad.checkpoint import Checkpoint
     from lossgrad.client import LossClient
     from lossgrad.errors import (
         Cancelled,
@@ -38,13 +40,23 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from lossgrad.losses import L1, MSE, Huber, Loss, SmoothL1
+    from lossgrad.metric import LossMetric
+    from lossgrad.progress import Progress
+    from lossgrad.report import BatchError, BatchResult, EvaluationReport, LossSummary, Throughput
     from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing
+    from lossgrad.sweep import SweepResult
     from lossgrad_api.allocator import keep_large_blocks
 
     __version__: str
 
 # Where each name comes from, imported at its first use.
 _MODULES: Final = {
+    "Accumulation": "lossgrad.accumulation",
+    "Checkpoint": "lossgrad.checkpoint",
+    "LossMetric": "lossgrad.metric",
+    "Progress": "lossgrad.progress",
+    "SweepResult": "lossgrad.sweep",
+    **dict.fromkeys(("BatchError", "BatchResult", "EvaluationReport", "LossSummary", "Throughput"), "lossgrad.report"),
     "AsyncLossClient": "lossgrad.aio",
     "LossClient": "lossgrad.client",
     **dict.fromkeys(
@@ -70,22 +82,32 @@ _MODULES: Final = {
 __all__ = [
     "L1",
     "MSE",
+    "Accumulation",
     "AsyncLossClient",
+    "BatchError",
+    "BatchResult",
     "Cancelled",
+    "Checkpoint",
     "DeadlineExceeded",
+    "EvaluationReport",
     "Huber",
     "InvalidRequest",
     "Loss",
     "LossClient",
+    "LossMetric",
     "LossResult",
+    "LossSummary",
     "LossgradError",
     "Overloaded",
+    "Progress",
     "RequestTooLarge",
     "ServerError",
     "ServerInfo",
     "ServerLimits",
     "SmoothL1",
+    "SweepResult",
     "TLSError",
+    "Throughput",
     "Timing",
     "Unauthenticated",
     "Unavailable",

@@ -9,6 +9,7 @@ iterable, packing and unpacking stay in the caller's task. Concurrent small call
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
@@ -39,12 +40,16 @@ from lossgrad.calls import (
 )
 from lossgrad.channel import ChannelSettings, connect_aio
 from lossgrad.coalescer import Coalescer
-from lossgrad.errors import Cancelled, LossgradError, from_rpc_error
+from lossgrad.errors import Cancelled, LossgradError, RequestTooLarge, from_rpc_error
+from lossgrad.evaluating import AsyncEvaluateMethods
 from lossgrad.feed import ComputeOptions, OnError, PairFeed, StreamOptions
+from lossgrad.large import LargeCall, compute_in_tasks, is_too_large, may_be_cut
 from lossgrad.loss_methods import LossMethods
 from lossgrad.losses import Loss
 from lossgrad.results import LossResult, ServerInfo
+from lossgrad.sweep import AsyncSweepMethods
 from lossgrad.task_stream import TaskStream
+from lossgrad.tensor_buffer import filled, gradient_outs
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
 from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
 from lossgrad_api.raw_bytes import join_without_gil
@@ -53,7 +58,7 @@ if TYPE_CHECKING:
     from lossgrad.shared_memory import SharedMemory
 
 
-class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
+class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluateMethods, AsyncSweepMethods):
     """LossClient for asyncio: the same arguments, methods and results, awaited. Use it as an async context manager.
 
     Calls with small tensors that are under way at the same time travel together, many to a message, which takes a small
@@ -78,7 +83,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
         shared_memory: bool | None = None,
         bulk: bool | None = None,
     ) -> None:
-        self._settings = ChannelSettings.resolve(
+        settings = ChannelSettings.resolve(
             target,
             token=token,
             tls=tls,
@@ -92,8 +97,13 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             shared_memory=shared_memory,
             bulk=bulk,
         )
-        self._memory = new_shared_memory() if self._settings.shared_memory else None
+        self._set_up(settings)
+
+    def _set_up(self, settings: ChannelSettings) -> None:
+        self._settings = settings
+        self._memory = new_shared_memory() if settings.shared_memory else None
         self._metadata = self._settings.metadata
+        self._limit_bytes = settings.max_message_bytes
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: _Connection | None = None
         self._is_closed = False
@@ -131,12 +141,11 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
         allow_broadcast: bool = False,
         timeout: float | None = None,
         idempotency_key: str = "",
+        gradient_out: Any = None,
     ) -> Answer:
-        """Compute one loss, or several over the same tensors in one pass: `[SmoothL1(beta=0.1), L1()]`.
-
-        The options are those of the methods `smooth_l1`, `huber`, `l1` and `mse`. Raises LossgradError.
-        """
+        """Compute one loss, or several over the same tensors in one pass, as LossClient.compute. Raises LossgradError."""
         specs, is_single = as_losses(losses)
+        outs = gradient_outs(gradient_out, specs, is_single=is_single)
         options = TensorOptions(
             weight=weight, mask=mask, allow_broadcast=allow_broadcast, idempotency_key=idempotency_key
         )
@@ -145,12 +154,31 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             shared = self._memory.prepare(input, target, specs, is_single=is_single, **options)
             if shared is not None:
                 try:
-                    return await self._send(shared, timeout)
+                    return filled(await self._send(shared, timeout), outs)
                 except LossgradError as error:
                     if not self._memory.must_travel(shared, error):
                         raise
-        limit = self._settings.max_message_bytes
-        request = prepare(input, target, specs, is_single=is_single, max_message_bytes=limit, **options)
+        limit = self._limit_bytes
+        refusal: RequestTooLarge | None = None
+        if not is_too_large(input, target, specs, limit, weight=weight, mask=mask):
+            try:
+                request = prepare(input, target, specs, is_single=is_single, max_message_bytes=limit, **options)
+                return filled(await self._compute_request(request, timeout), outs)
+            except RequestTooLarge as error:
+                if not may_be_cut(error):
+                    raise
+                refusal = error
+                if error.__cause__ is not None:  # the server's own limit, or that of what lies between
+                    info = await self.info(timeout=timeout)
+                    limit = self._limit_bytes = min(limit, info.limits.max_message_bytes or limit)
+        call = LargeCall(
+            input, target, specs, is_single=is_single, max_message_bytes=limit, gradient_out=outs, **options
+        )
+        if refusal is not None and call.is_whole:
+            raise refusal
+        return await compute_in_tasks(call, self._open_stream, self._settings, limit, timeout)
+
+    async def _compute_request(self, request: Request, timeout: float | None) -> Answer:
         coalescer = self._connected().coalescer
         if coalescer is not None and coalescer.takes(request):
             return await coalescer.compute(request, deadline_seconds(timeout, self._settings.timeout))
@@ -295,7 +323,8 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             self._loop = loop
         elif self._loop is not loop:
             raise RuntimeError(
-                "this AsyncLossClient belongs to another event loop, the one in which it was first used; make one client "
+                "this AsyncLossClient belongs to another event loop, the one in which it was first used; make one "
+                "client "
                 "in each asyncio.run(), or use LossClient from several threads"
             )
 
@@ -365,6 +394,11 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             await asyncio.sleep(delay)
             await stream.send(window.resend())
             return
+
+    def _at(self, target: str) -> AsyncLossClient:
+        client = AsyncLossClient.__new__(AsyncLossClient)
+        client._set_up(dataclasses.replace(self._settings, target=target))
+        return client
 
     def _open_stream(self) -> Any:
         return self._connected().stream(timeout=None, metadata=self._metadata)

@@ -13,7 +13,17 @@ from google.protobuf.message import DecodeError
 from lossgrad.errors import InvalidRequest, LossgradError, RequestTooLarge, ServerError, Unavailable, from_rpc_error
 from lossgrad.losses import Loss
 from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing, new_loss_result, new_timing
-from lossgrad.tensors import NAMES, NUMPY, Family, is_array, promote, read_mask, read_pair, read_weight
+from lossgrad.tensors import (
+    NAMES,
+    NUMPY,
+    Family,
+    broadcast_shapes,
+    is_array,
+    promote,
+    read_mask,
+    read_pair,
+    read_weight,
+)
 from lossgrad_api.codec import (
     SERVICE,
     Buffer,
@@ -32,7 +42,7 @@ HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
 # grpc.health.v1.HealthCheckRequest{service: SERVICE}; two fields are not worth depending on another package.
 HEALTH_REQUEST: Final = b"\x0a" + bytes((len(SERVICE),)) + SERVICE.encode()
 _SERVING: Final = b"\x08\x01"
-_MAX_SPECS: Final = 16
+MAX_SPECS: Final = 16
 # Below this a request is joined when it is made. A second copy costs less there than handling parts, and the caller may
 # use the arrays for something else.
 JOINED_BYTES: Final = 256 * 1024
@@ -88,7 +98,7 @@ class Request:
         )
 
     def _result(self, spec: Loss, result: ResultView, timing: Timing, idempotency_key: str) -> LossResult:
-        value, tensor, element_count, weight_sum, nonfinite_count, target_gradient, gradient = result
+        value, tensor, element_count, weight_sum, nonfinite_count, target_gradient, gradient, _ = result
         family = self.input_family
         if value is not None:
             loss = family.scalar(value, self.result_type)
@@ -112,12 +122,24 @@ class Request:
         )
 
 
+class Encoded(NamedTuple):
+    """A ComputeLossRequest as parts, views into the caller's arrays among them, and what is known about it."""
+
+    parts: list[Buffer]
+    byte_count: int
+    element_count: int  # of the result, 0 where the shapes do not fit
+    input_family: Family
+    target_family: Family
+    result_type: int
+
+
 class _Form(NamedTuple):
     """What requests for NumPy arrays of the same shapes, types and losses have in common."""
 
     target_head: Buffer  # all up to the target's elements
     input_head: Buffer  # all between those and the input's
     byte_count: int
+    element_count: int
     result_type: int
 
     def parts(self, input: Any, target: Any) -> list[Buffer] | None:
@@ -164,9 +186,9 @@ def as_losses(losses: Losses) -> tuple[tuple[Loss, ...], bool]:
                 reason="UNKNOWN_LOSS",
                 field="losses",
             )
-    if not 1 <= len(several) <= _MAX_SPECS:
+    if not 1 <= len(several) <= MAX_SPECS:
         raise InvalidRequest(
-            f"losses holds {len(several)} losses; one request takes 1 to {_MAX_SPECS}",
+            f"losses holds {len(several)} losses; one request takes 1 to {MAX_SPECS}",
             reason="SPEC_COUNT",
             field="losses",
         )
@@ -186,7 +208,31 @@ def prepare(
     idempotency_key: str = "",
 ) -> Request:
     """Return the request for these tensors. Raises InvalidRequest and RequestTooLarge before anything is sent."""
-    specs = [loss.serialized for loss in losses]
+    parts, byte_count, _, input_family, target_family, result_type = encode(
+        input,
+        target,
+        [loss.serialized for loss in losses],
+        max_message_bytes=max_message_bytes,
+        weight=weight,
+        mask=mask,
+        allow_broadcast=allow_broadcast,
+        idempotency_key=idempotency_key,
+    )
+    return Request(parts, byte_count, losses, is_single, input_family, target_family, result_type)
+
+
+def encode(
+    input: Any,
+    target: Any,
+    specs: Sequence[bytes],
+    *,
+    max_message_bytes: int,
+    weight: Any = None,
+    mask: Any = None,
+    allow_broadcast: bool = False,
+    idempotency_key: str = "",
+) -> Encoded:
+    """Return the message for these tensors. `specs` are serialised LossSpecs. Raises InvalidRequest and RequestTooLarge."""
     form_key: tuple[Any, ...] | None = None
     if weight is None and mask is None and not idempotency_key and is_array(input) and is_array(target):
         form_key = (input.dtype, input.shape, target.dtype, target.shape, allow_broadcast, *specs)
@@ -195,7 +241,7 @@ def prepare(
             _check_size(form.byte_count, max_message_bytes)
             parts = form.parts(input, target)
             if parts is not None:
-                return Request(parts, form.byte_count, losses, is_single, NUMPY, NUMPY, form.result_type)
+                return Encoded(parts, form.byte_count, form.element_count, NUMPY, NUMPY, form.result_type)
     first, second = read_pair(input, target)
     parts = encode_compute_request(
         specs,
@@ -209,13 +255,15 @@ def prepare(
     byte_count = sum(map(len, parts))
     _check_size(byte_count, max_message_bytes)
     result_type = promote(first.wire.data_type, second.wire.data_type)
+    shape = broadcast_shapes(first.wire.shape, second.wire.shape)
+    element_count = 0 if shape is None else math.prod(shape)
     if form_key is not None and len(parts) == 4 and first.family is NUMPY and second.family is NUMPY:
         if len(_forms) >= _MAX_FORMS:  # rare enough that starting over is the simplest bound
             _forms.clear()
-        _forms[form_key] = _Form(parts[0], parts[2], byte_count, result_type)
+        _forms[form_key] = _Form(parts[0], parts[2], byte_count, element_count, result_type)
     if byte_count < JOINED_BYTES:
         parts = [b"".join(parts)]
-    return Request(parts, byte_count, losses, is_single, first.family, second.family, result_type)
+    return Encoded(parts, byte_count, element_count, first.family, second.family, result_type)
 
 
 def _check_size(byte_count: int, max_message_bytes: int) -> None:

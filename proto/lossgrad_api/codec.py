@@ -46,6 +46,7 @@ from lossgrad_api.response_codec import (
     encode_compute_response,
     encode_stats,
     encode_stream_response,
+    result_parts,
     stream_response_parts,
 )
 from lossgrad_api.response_form import ResponseForm, ResultForm, TensorForm
@@ -92,6 +93,7 @@ __all__ = [
     "encode_stream_response",
     "parse_request_header",
     "parse_slice_header",
+    "result_parts",
     "slice_result_head",
     "split_accumulate_request",
     "split_compute_request",

@@ -15,8 +15,8 @@ from typing import Any, Final, NamedTuple
 
 from lossgrad_api.wire import TENSOR_DATA, WireTensor, read_length, read_tag, read_varint, skip, to_signed
 
-# Scalar, tensor, element count, sum of weights, non-finite count, gradients of target and of input: a ResultView's.
-Fields = tuple[float | None, WireTensor | None, int, float, int, WireTensor | None, WireTensor | None]
+# Scalar, tensor, counts, sum of weights, gradients of target and of input, no total: a ResultView's fields.
+Fields = tuple[float | None, WireTensor | None, int, float, int, WireTensor | None, WireTensor | None, None]
 
 _MAX_LENGTHS: Final = 1024
 _MAX_OF_ONE_LENGTH: Final = 4
@@ -128,6 +128,7 @@ def known_result(data: bytes, view: memoryview, start: int, end: int) -> Fields 
                 nonfinite_count,
                 None if target_gradient is None else _tensor(view, start, target_gradient),
                 None if input_gradient is None else _tensor(view, start, input_gradient),
+                None,
             )
     return None
 

@@ -6,6 +6,7 @@ The client is tested against it so that two independent readings of the contract
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -94,6 +95,7 @@ class Peer(pb_grpc.LossServiceServicer):
         # Called with each call's number (unary calls and streams apart), before it is served.
         self.fail_call: Callable[[int, Any], None] = lambda _number, _context: None
         self.health = b"\x08\x01"
+        self.max_message_bytes = 64 * 1024 * 1024  # what it says of itself
         self.pushback_ms: int | None = None
         self.hold = threading.Event()
         self.hold.set()
@@ -152,7 +154,10 @@ class Peer(pb_grpc.LossServiceServicer):
             device="cpu",
             data_types=[tensor_pb2.DATA_TYPE_FLOAT32, tensor_pb2.DATA_TYPE_BFLOAT16],
             limits=pb.ServerLimits(
-                max_message_bytes=1000, max_queued_requests=2, max_queued_bytes=3, max_stream_requests=64
+                max_message_bytes=self.max_message_bytes,
+                max_queued_requests=2,
+                max_queued_bytes=3,
+                max_stream_requests=64,
             ),
             determinism="peer",
         )
@@ -241,6 +246,8 @@ def compute(request: pb.ComputeLossRequest) -> pb.ComputeLossResponse:
             result.scalar = float(loss.detach())
         else:
             result.tensor.CopyFrom(to_message(loss.to(result_type)))
+        if spec.include_total:
+            result.total.CopyFrom(total_of(losses.detach()[mask], weight.detach()[mask]))
         if spec.include_gradient:
             scale = spec.gradient_scale if spec.HasField("gradient_scale") else 1.0
             grad_x, grad_y = torch.autograd.grad(loss.sum() * scale, (x, y))
@@ -248,6 +255,25 @@ def compute(request: pb.ComputeLossRequest) -> pb.ComputeLossResponse:
             if target.is_floating_point() and (input.shape != target.shape or input.dtype != result_type):
                 result.target_gradient.CopyFrom(to_message(grad_y.to(target.dtype)))
     return response
+
+
+def total_of(losses: torch.Tensor, weights: torch.Tensor) -> pb.LossState:
+    """Return the exact total of unmasked elements' losses: Python's exact sum of a float64 for each 4096 of them."""
+    finite = losses[~losses.isnan()]
+    return pb.LossState(
+        partial_sums=_partials(losses),
+        element_count=losses.numel(),
+        weight_sum=float(weights.sum()),
+        min=float(finite.min()) if finite.numel() else math.inf,
+        max=float(finite.max()) if finite.numel() else -math.inf,
+        nonfinite_count=int((~losses.isfinite()).sum()),
+        weight_partial_sums=_partials(weights),
+    )
+
+
+def _partials(values: torch.Tensor) -> list[float]:
+    total = math.fsum(float(chunk.sum()) for chunk in values.flatten().split(4096))
+    return [total] if total else []
 
 
 def elementwise(spec: pb.LossSpec, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -175,7 +175,10 @@ def test_an_unreachable_server_is_unavailable_with_a_hint() -> None:
     assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)  # noqa: S301
 
 
-def test_the_servers_own_limit_is_too_large(target: str) -> None:
-    array = np.zeros(17 * 1024 * 1024, np.float32)  # with the target 136 MiB; the peer takes 64
-    with LossClient(target) as client, pytest.raises(RequestTooLarge, match="larger than max"):
-        client.l1(array, array)
+def test_what_the_server_still_finds_too_large_is_so(target: str, peer: Peer) -> None:
+    def refuse(_: pb.ComputeLossRequest) -> None:
+        raise Refused(status(Code.RESOURCE_EXHAUSTED, "too large", reason="RESULT_TOO_LARGE"))
+
+    peer.fail = refuse
+    with LossClient(target) as client, pytest.raises(RequestTooLarge, match="too large"):
+        client.l1(ONES, ONES)

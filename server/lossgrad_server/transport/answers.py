@@ -5,12 +5,24 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Final
 
-from lossgrad_api.codec import EMPTY, Buffer, ResponseForm, ResultForm, StatsView, TensorForm, encode_stats
+from lossgrad_api.codec import (
+    EMPTY,
+    Buffer,
+    ResponseForm,
+    ResultForm,
+    ResultView,
+    StatsView,
+    TensorForm,
+    WireTensor,
+    encode_stats,
+    result_parts,
+)
 from lossgrad_api.raw_bytes import IS_SUPPORTED
+from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_server.batching.job import Computed
-from lossgrad_server.jobs import unpack_header
+from lossgrad_server.jobs import Role, unpack_header
 from lossgrad_server.transport.answer_memory import AnswerMemory
-from lossgrad_server.work import SPEC_RESULT, WorkResult
+from lossgrad_server.work import SPEC_RESULT, WorkResult, unpack_totals
 
 _NONE: Final = bytes(8)
 _NONFINITE_AT: Final = SPEC_RESULT.size - 8
@@ -42,6 +54,9 @@ def response_parts(
     """
     result = computed.result
     outputs = [EMPTY] * len(result.outputs) if is_placed else result.outputs
+    if result.totals:
+        more = [b"\x1a" + bytes((len(key),)) + key] if (key := idempotency_key.encode()) else []  # 128 bytes at most
+        return [stats, *_fields_with_totals(header, WorkResult(result.scalars, tuple(outputs), result.totals)), *more]
     return response_form(header, is_placed).parts(stats, result.scalars, outputs, idempotency_key)
 
 
@@ -63,12 +78,47 @@ def response_head(header: bytes, computed: Computed, stats: bytes, idempotency_k
 
 def result_fields(header: bytes, result: WorkResult) -> list[Buffer]:
     """Return the results alone, each as the field numbered 2 of what holds them, as parts to join."""
+    if result.totals:
+        return _fields_with_totals(header, result)
     return response_form(header).parts(b"", result.scalars, result.outputs)
 
 
 def result_head(header: bytes, result: WorkResult) -> bytes:
     """Return what stands before the data of the results' one tensor, for `AnswerMemory.finish`."""
     return response_form(header).head(b"", result.scalars)
+
+
+def _fields_with_totals(header: bytes, result: WorkResult) -> list[Buffer]:
+    """Return the results of a job that wanted totals, each with its own where its spec asks for it."""
+    plan = unpack_header(header)
+    tensors: dict[tuple[int, Role], WireTensor] = {}
+    for output, data in zip(plan.outputs, result.outputs, strict=True):
+        tensors[output.spec_index, output.role] = WireTensor(output.tensor.data_type, output.tensor.shape, data)
+    parts: list[Buffer] = []
+    records = zip(plan.specs, SPEC_RESULT.iter_unpack(result.scalars), unpack_totals(result.totals), strict=True)
+    for index, (spec, (scalar, element_count, weight_sum, nonfinite_count), total) in enumerate(records):
+        state = pb.LossState(
+            partial_sums=total.partials,
+            element_count=element_count,
+            weight_sum=weight_sum,
+            min=total.minimum + 0.0,  # never -0.0
+            max=total.maximum + 0.0,
+            nonfinite_count=nonfinite_count,
+            weight_partial_sums=total.weight_partials,
+        )
+        parts += result_parts(
+            ResultView(
+                scalar if spec.reduction.is_scalar else None,
+                tensors.get((index, Role.LOSS)),
+                element_count,
+                weight_sum,
+                nonfinite_count,
+                tensors.get((index, Role.TARGET_GRADIENT)),
+                tensors.get((index, Role.INPUT_GRADIENT)),
+                state.SerializeToString() if spec.include_total else None,
+            )
+        )
+    return parts
 
 
 def stats_bytes(computed: Computed, device: str) -> bytes:

@@ -144,7 +144,7 @@ class PendingComputeLoss(PendingRequest):
         # Where the caller wants the tensors, in memory that it shares with the server; otherwise they are in the answer.
         self._is_placed = bool(item.destinations)
         self._memory: AnswerMemory | None = None
-        if plan.output_byte_count >= IN_PLACE_BYTES and not self._is_placed:
+        if plan.output_byte_count >= IN_PLACE_BYTES and not self._is_placed and not plan.wants_totals:
             self._memory = answer_memory(item.header)
             if self._memory is not None:
                 item = WorkItem(item.header, item.operands, (self._memory.data,))
