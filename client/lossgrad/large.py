@@ -361,7 +361,8 @@ def _value(buffer: TensorBuffer | None) -> Any:
 
 def _timing(stats: Sequence[StatsView], round_trip_seconds: float) -> Timing:
     """Return the slices' times added up."""
-    sums = [sum(each[place] for each in stats) for place in range(6)]
+    numbers: list[tuple[int, ...]] = [each[:6] for each in stats]
+    sums = [sum(column) for column in zip(*numbers, strict=True)]
     return Timing(
         sums[0] / 1e9,
         sums[1] / 1e9,

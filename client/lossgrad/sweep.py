@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -78,9 +77,7 @@ class SweepResult:
 class SweepMethods:
     """What LossClient has for sweeps."""
 
-    @abstractmethod
-    def compute(self, input: Any, target: Any, losses: Any, **options: Any) -> Any:
-        """Compute losses."""
+    compute: Any  # the client's
 
     def sweep(
         self,
@@ -111,9 +108,7 @@ class SweepMethods:
 class AsyncSweepMethods:
     """What AsyncLossClient has for sweeps."""
 
-    @abstractmethod
-    async def compute(self, input: Any, target: Any, losses: Any, **options: Any) -> Any:
-        """Compute losses."""
+    compute: Any  # the client's
 
     async def sweep(
         self,
@@ -157,7 +152,8 @@ def _losses(
             reason="BAD_PARAMETER",
             field="reduction",
         )
-    losses = [kind(**{kind.parameter: beta}, reduction=reduction, denominator=denominator) for beta in betas]
+    make: Any = kind
+    losses = [make(**{kind.parameter: beta}, reduction=reduction, denominator=denominator) for beta in betas]
     if not losses:
         raise InvalidRequest(f"betas is empty; give at least one, {_EXAMPLE}", reason="SPEC_COUNT", field="betas")
     for start in range(0, len(losses), MAX_SPECS):
