@@ -272,7 +272,7 @@ def total_of(losses: torch.Tensor, weights: torch.Tensor) -> pb.LossState:
 
 
 def _partials(values: torch.Tensor) -> list[float]:
-    total = math.fsum(float(chunk.sum()) for chunk in values.flatten().split(4096))
+    total = math.fsum(float(chunk.sum()) for chunk in values.flatten().split(4096))  # type: ignore[no-untyped-call]
     return [total] if total else []
 
 

@@ -44,6 +44,9 @@ class Interrupting:
     def __len__(self) -> int:
         return 50
 
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> Any:
         if index == self.stop_at:
             raise KeyboardInterrupt
