@@ -24,7 +24,9 @@ _MOST_BYTES_IN_FLIGHT: Final = 1024 * MIB
 PACKED: Final = {16: 8, 64: 32, 128: 64}
 _MOST_PACKED_TENSOR_BYTES: Final = 64 * KIB
 # What a client's stream has in flight by default.
-_DEFAULT_IN_FLIGHT: Final = 128
+_DEFAULT_IN_FLIGHT: Final = 256
+# How many requests the SDK puts into a message.
+_PACKED: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,8 +283,8 @@ def packed(bench: Bench, share: float) -> None:
     for _, until in bench.share_time([KIB], share, "packed"):
         progress("packed, 1 KiB")
         cases: dict[str, Callable[[], Burst]] = {
-            Path.FLOOR: bench.floor_loads.raw_stream(KIB, _DEFAULT_IN_FLIGHT, PACKED[_DEFAULT_IN_FLIGHT]),
-            Path.SERVER: server.raw_stream(KIB, _DEFAULT_IN_FLIGHT, PACKED[_DEFAULT_IN_FLIGHT]),
+            Path.FLOOR: bench.floor_loads.raw_stream(KIB, _DEFAULT_IN_FLIGHT, _PACKED),
+            Path.SERVER: server.raw_stream(KIB, _DEFAULT_IN_FLIGHT, _PACKED),
             unary: server.sdk_unary(KIB, 1),
             "client.stream": server.sdk_stream(KIB, _DEFAULT_IN_FLIGHT),
             "client.compute_many": server.sdk_compute_many(KIB, many),

@@ -134,7 +134,7 @@ build() {
 
 # start [PODMAN ARGUMENTS...]: confined as in docker-compose.yml, on free ports
 start() {
-  podman run --detach --name "${NAME}" --publish 127.0.0.1::50051 --publish 127.0.0.1::8002 --ulimit host \
+  podman run --detach --name "${NAME}" --env LOSSGRAD_INSECURE=true --publish 127.0.0.1::50051 --publish 127.0.0.1::8002 --ulimit host \
     --health-interval disable --read-only --tmpfs /tmp:size=64m,mode=1777 --cap-drop all \
     --security-opt no-new-privileges --pids-limit 512 --env LOSSGRAD_DEVICE=cpu "$@" "${IMAGE}" >/dev/null
   TARGET=$(podman port "${NAME}" 50051/tcp)

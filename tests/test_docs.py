@@ -14,11 +14,14 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -26,6 +29,7 @@ import lossgrad
 from examples.demo.server_process import READY, ServerProcess
 from lossgrad_server import errors
 from lossgrad_server.config import ServerConfig, environment_variable, flag
+from lossgrad_server.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/*.md")])
@@ -76,7 +80,7 @@ def table_after(document: Path, marker: str) -> list[tuple[str, ...]]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with ServerProcess(["--reflection"]) as running:
+    with ServerProcess(["--reflection", "--allow-shared-memory"]) as running:
         yield running
 
 
@@ -215,6 +219,8 @@ def test_the_table_of_settings_is_that_of_the_config() -> None:
 def default_of(value: Any) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if value == "":
+        return ""
     if isinstance(value, int) and value >= 1 << 20 and value % (1 << 20) == 0:
         return f"`{value}` ({value >> 20} MiB)"
     return f"`{value}`"
@@ -245,7 +251,16 @@ def exposition(server: ServerProcess) -> list[Metric]:
             client.mse(ones, ones[:2])
     with urllib.request.urlopen(server.metrics_url, timeout=5) as response:  # noqa: S310 - the server of this test
         text = response.read().decode()
-    families = text_string_to_metric_families(text)
+    families = list(text_string_to_metric_families(text))
+    # And what only a server with TLS has.
+    metrics = Metrics(device="cpu", build_info={"version": ""})
+    metrics.watch_certificates(SimpleNamespace(expires=datetime.now(UTC)))
+    known = {family.name for family in families}
+    families += [
+        one
+        for one in text_string_to_metric_families(generate_latest(metrics.registry).decode())
+        if one.name not in known
+    ]
     return [family for family in families if not family.name.endswith("_created")]
 
 

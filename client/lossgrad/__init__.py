@@ -4,7 +4,8 @@ with lossgrad.LossClient("localhost:50051") as client:
     result = client.smooth_l1(input, target, beta=0.5, gradient=True)
     result.loss, result.gradient, result.timing
 
-`lossgrad.nn` (drop-in modules for torch) is imported at its first use, and torch with it.
+`lossgrad.nn` (drop-in modules for torch) is imported at its first use, and torch with it. So is every other name: gRPC and
+NumPy take half a second to import, which `lossgrad --help` and a process that only might compute need not wait for.
 
 `lossgrad.keep_large_blocks()`, called once at the start of a program that sends tensors of some MiB, tells the C library
 (glibc) to keep large blocks of memory for the next call instead of mapping them anew: calls of 8 MiB and more take up to a
@@ -15,34 +16,56 @@ third of the time. It changes the whole process: its memory stays at its highest
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from lossgrad.aio import AsyncLossClient
-from lossgrad.client import LossClient
+# Not lazily: its module has its name, and whoever imported that first would take the function's place.
 from lossgrad.embedded import embedded
-from lossgrad.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    InvalidRequest,
-    LossgradError,
-    Overloaded,
-    RequestTooLarge,
-    ServerError,
-    Unauthenticated,
-    Unavailable,
-)
-from lossgrad.losses import L1, MSE, Huber, Loss, SmoothL1
-from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing
 
 if TYPE_CHECKING:
     from lossgrad import nn as nn
-    from lossgrad_api.allocator import keep_large_blocks as keep_large_blocks
+    from lossgrad.aio import AsyncLossClient
+    from lossgrad.client import LossClient
+    from lossgrad.errors import (
+        Cancelled,
+        DeadlineExceeded,
+        InvalidRequest,
+        LossgradError,
+        Overloaded,
+        RequestTooLarge,
+        ServerError,
+        TLSError,
+        Unauthenticated,
+        Unavailable,
+    )
+    from lossgrad.losses import L1, MSE, Huber, Loss, SmoothL1
+    from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing
+    from lossgrad_api.allocator import keep_large_blocks
 
-try:
-    __version__ = version("lossgrad")
-except PackageNotFoundError:  # the source tree, not installed
-    __version__ = "0+unknown"
+    __version__: str
+
+# Where each name comes from, imported at its first use.
+_MODULES: Final = {
+    "AsyncLossClient": "lossgrad.aio",
+    "LossClient": "lossgrad.client",
+    **dict.fromkeys(
+        (
+            "Cancelled",
+            "DeadlineExceeded",
+            "InvalidRequest",
+            "LossgradError",
+            "Overloaded",
+            "RequestTooLarge",
+            "ServerError",
+            "TLSError",
+            "Unauthenticated",
+            "Unavailable",
+        ),
+        "lossgrad.errors",
+    ),
+    **dict.fromkeys(("L1", "MSE", "Huber", "Loss", "SmoothL1"), "lossgrad.losses"),
+    **dict.fromkeys(("LossResult", "ServerInfo", "ServerLimits", "Timing"), "lossgrad.results"),
+    "keep_large_blocks": "lossgrad_api.allocator",
+}
 
 __all__ = [
     "L1",
@@ -62,6 +85,7 @@ __all__ = [
     "ServerInfo",
     "ServerLimits",
     "SmoothL1",
+    "TLSError",
     "Timing",
     "Unauthenticated",
     "Unavailable",
@@ -72,17 +96,38 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "keep_large_blocks":
-        from lossgrad_api.allocator import keep_large_blocks
+    """Import the name that is used for the first time."""
+    if name == "__version__":
+        value = _version()
+    elif name == "nn":
+        return _drop_in_modules()
+    elif name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    else:
+        raise AttributeError(f"module 'lossgrad' has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
-        return keep_large_blocks
-    if name == "nn":
-        try:
-            return importlib.import_module("lossgrad.nn")
-        except ModuleNotFoundError as error:
-            if error.name != "torch":
-                raise
-            raise ModuleNotFoundError(
-                "lossgrad.nn needs torch, which is not installed: pip install 'lossgrad[torch]'", name="torch"
-            ) from error
-    raise AttributeError(f"module 'lossgrad' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "nn"})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("lossgrad")
+    except PackageNotFoundError:  # the source tree, not installed
+        return "0+unknown"
+
+
+def _drop_in_modules() -> Any:
+    try:
+        return importlib.import_module("lossgrad.nn")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(
+            "lossgrad.nn needs torch, which is not installed: pip install 'lossgrad[torch]'", name="torch"
+        ) from error

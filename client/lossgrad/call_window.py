@@ -38,10 +38,11 @@ class CallWindow:
         max_requests: int = MAX_REQUESTS,
         max_bytes: int = MAX_BYTES,
     ) -> None:
-        self._room = Room(max_requests, max_bytes)
+        message_bytes = min(FULL_MESSAGE_BYTES, max_message_bytes)
+        self._room = Room(max_requests, max_bytes, MAX_REQUESTS_PER_MESSAGE, message_bytes)
         self._exchange = Exchange(
             requests_per_message=MAX_REQUESTS_PER_MESSAGE,
-            bytes_per_message=min(FULL_MESSAGE_BYTES, max_message_bytes),
+            bytes_per_message=message_bytes,
             retries=retries,
             finish=self._finish,
         )
@@ -65,7 +66,8 @@ class CallWindow:
     @property
     def wake_at(self) -> float:
         """When to call `wake`, on the clock; infinity if only a call or an answer can change anything."""
-        return min(self._first_deadline, self._exchange.wake_at)
+        first, second = self._first_deadline, self._exchange.wake_at
+        return first if first < second else second
 
     def add(self, request: Request, timeout: float | None, caller: Any) -> Item:
         """Add a call. It waits until `messages` takes it."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from lossgrad.errors import InvalidRequest, LossgradError, RequestTooLarge, ServerError, Unavailable, from_rpc_error
 from lossgrad.losses import Loss
 from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing, new_loss_result, new_timing
-from lossgrad.tensors import NAMES, NUMPY, Family, is_plain, promote, read_mask, read_pair, read_weight
+from lossgrad.tensors import NAMES, NUMPY, Family, is_array, promote, read_mask, read_pair, read_weight
 from lossgrad_api.codec import (
     SERVICE,
     Buffer,
@@ -25,6 +25,9 @@ from lossgrad_api.codec import (
 )
 from lossgrad_api.v1 import loss_service_pb2 as pb
 
+if TYPE_CHECKING:
+    from lossgrad.shared_memory import SharedMemory
+
 HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
 # grpc.health.v1.HealthCheckRequest{service: SERVICE}; two fields are not worth depending on another package.
 HEALTH_REQUEST: Final = b"\x0a" + bytes((len(SERVICE),)) + SERVICE.encode()
@@ -34,6 +37,8 @@ _MAX_SPECS: Final = 16
 # use the arrays for something else.
 JOINED_BYTES: Final = 256 * 1024
 _MAX_FORMS: Final = 1024
+# How long a call may wait to learn whether the server shares memory.
+ASK_SECONDS: Final = 5.0
 
 Losses = Loss | Sequence[Loss]
 Answer = LossResult | tuple[LossResult, ...]
@@ -57,6 +62,10 @@ class Request:
     def message(self) -> bytes:
         """Return the message: the one copy of the caller's elements."""
         return b"".join(self.parts)
+
+    def instead(self, error: LossgradError) -> Request | None:
+        """Return the request to send in place of this one, which failed; None where there is none."""
+        return None
 
     def read(self, message: bytes, round_trip_seconds: float) -> Answer:
         """Return what a ComputeLossResponse says."""
@@ -111,8 +120,35 @@ class _Form(NamedTuple):
     byte_count: int
     result_type: int
 
+    def parts(self, input: Any, target: Any) -> list[Buffer] | None:
+        """Return the request for two such arrays; None where they do not lie in memory as they are sent."""
+        try:
+            if self.byte_count < JOINED_BYTES:
+                # Arrays as they are: making views of them takes three times as long as joining them.
+                return [b"".join((self.target_head, target, self.input_head, input))]
+            return [self.target_head, target.data.cast("B"), self.input_head, input.data.cast("B")]
+        except TypeError:  # not contiguous
+            return None
+
 
 _forms: dict[tuple[Any, ...], _Form] = {}
+_NO_OPTIONS: Final[Mapping[str, Any]] = {}
+
+
+class TensorOptions(TypedDict):
+    """What a request has beside input, target and losses."""
+
+    weight: Any
+    mask: Any
+    allow_broadcast: bool
+    idempotency_key: str
+
+
+def new_shared_memory(ask: Callable[[], bytes] | None = None) -> SharedMemory:
+    """Return what a client that shares memory needs. Imported only here: it needs more of the system than other calls."""
+    from lossgrad.shared_memory import SharedMemory
+
+    return SharedMemory(ask)
 
 
 def as_losses(losses: Losses) -> tuple[tuple[Loss, ...], bool]:
@@ -152,17 +188,14 @@ def prepare(
     """Return the request for these tensors. Raises InvalidRequest and RequestTooLarge before anything is sent."""
     specs = [loss.serialized for loss in losses]
     form_key: tuple[Any, ...] | None = None
-    if weight is None and mask is None and not idempotency_key and is_plain(input) and is_plain(target):
+    if weight is None and mask is None and not idempotency_key and is_array(input) and is_array(target):
         form_key = (input.dtype, input.shape, target.dtype, target.shape, allow_broadcast, *specs)
         form = _forms.get(form_key)
         if form is not None:
-            target_head, input_head, byte_count, result_type = form
-            _check_size(byte_count, max_message_bytes)
-            if byte_count < JOINED_BYTES:
-                parts: list[Buffer] = [b"".join((target_head, target.data, input_head, input.data))]
-            else:
-                parts = [target_head, target.data.cast("B"), input_head, input.data.cast("B")]
-            return Request(parts, byte_count, losses, is_single, NUMPY, NUMPY, result_type)
+            _check_size(form.byte_count, max_message_bytes)
+            parts = form.parts(input, target)
+            if parts is not None:
+                return Request(parts, form.byte_count, losses, is_single, NUMPY, NUMPY, form.result_type)
     first, second = read_pair(input, target)
     parts = encode_compute_request(
         specs,
@@ -176,7 +209,7 @@ def prepare(
     byte_count = sum(map(len, parts))
     _check_size(byte_count, max_message_bytes)
     result_type = promote(first.wire.data_type, second.wire.data_type)
-    if form_key is not None:
+    if form_key is not None and len(parts) == 4 and first.family is NUMPY and second.family is NUMPY:
         if len(_forms) >= _MAX_FORMS:  # rare enough that starting over is the simplest bound
             _forms.clear()
         _forms[form_key] = _Form(parts[0], parts[2], byte_count, result_type)
@@ -197,6 +230,8 @@ def _check_size(byte_count: int, max_message_bytes: int) -> None:
 
 def split_pair(pair: Any) -> tuple[Any, Any, Mapping[str, Any]]:
     """Return input, target and options of one item of a stream: (input, target) or (input, target, options)."""
+    if type(pair) is tuple and len(pair) == 2:
+        return pair[0], pair[1], _NO_OPTIONS
     if isinstance(pair, (tuple, list)) and len(pair) in (2, 3):
         options = pair[2] if len(pair) == 3 else {}
         if isinstance(options, Mapping):

@@ -76,7 +76,9 @@ class Coalescer:
         """Compute a request. Without a timeout it may take for ever."""
         future: asyncio.Future[Answer | Exception] = self._loop.create_future()
         call = self._window.add(request, timeout_seconds, future)
-        self._proceed()
+        # With a writer at work, all that is left to see to is that the timer rings in time.
+        if self._writer is None or self._window.wake_at < self._timer_at:
+            self._proceed()
         try:
             outcome = await future
         except BaseException:  # cancelled, most likely

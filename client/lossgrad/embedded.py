@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lossgrad.client import LossClient
+if TYPE_CHECKING:
+    from lossgrad.client import LossClient
 
 
 @contextmanager
@@ -15,6 +16,8 @@ def embedded(*, timeout: float | None = None, **server_settings: Any) -> Iterato
 
     `server_settings` are those of lossgrad_server.config.ServerConfig, such as device="cpu". Needs lossgrad[server].
     """
+    from lossgrad.client import LossClient
+
     try:
         from lossgrad_server.app import EmbeddedServer
     except ModuleNotFoundError as error:

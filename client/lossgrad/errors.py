@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 _PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
 _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
-_QUEUE_REASONS: Final = frozenset(("QUEUE_FULL", "QUEUE_BYTES_FULL"))
+_QUEUE_REASONS: Final = frozenset(("QUEUE_FULL", "QUEUE_BYTES_FULL", "PREDICTED_LATE"))
 _SIZE_REASONS: Final = frozenset(
     (
         "MESSAGE_TOO_LARGE",
@@ -81,6 +81,10 @@ class Unavailable(LossgradError):
     """The server cannot be reached, or takes no requests now: it starts, drains, or is gone."""
 
 
+class TLSError(Unavailable):
+    """The server cannot be reached because the two sides do not agree on TLS: a name, an authority, or TLS itself."""
+
+
 class DeadlineExceeded(LossgradError, TimeoutError):
     """No answer came within the timeout."""
 
@@ -114,6 +118,34 @@ _CLASSES: Final[dict[grpc.StatusCode, type[LossgradError]]] = {
 }
 
 
+# What gRPC's text holds where no server answered -> what that means. The last fits every text.
+_UNREACHABLE: Final[tuple[tuple[str, type[Unavailable], str], ...]] = (
+    (
+        "Hostname Verification Check failed",
+        TLSError,
+        "the server's certificate is for another name than {target!r}; call the server by a name that its certificate has",
+    ),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        TLSError,
+        "the certificate of {target!r} is not of an authority that this client trusts; give the authority's PEM file: "
+        "ca=..., or LOSSGRAD_CA",
+    ),
+    (
+        "WRONG_VERSION_NUMBER",
+        TLSError,
+        "this client speaks TLS and {target!r} does not; leave TLS out here (tls=False), or turn it on there",
+    ),
+    (
+        "Socket closed",
+        Unavailable,
+        "{target!r} closed the connection at once: does it want TLS (ca=..., or tls=True), or a client certificate "
+        "(cert=... and key=...)? See: lossgrad ping --target {target}",
+    ),
+    ("", Unavailable, "no answer from {target!r}: is a server running there? See: lossgrad ping --target {target}"),
+)
+
+
 def from_rpc_error(error: grpc.RpcError, target: str) -> LossgradError:
     """Return what a failed call (of grpc or grpc.aio) means. The caller raises it `from` the error.
 
@@ -130,10 +162,13 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> LossgradError:
     pushback = trailers.get(_PUSHBACK_KEY)
     retry_after = int(pushback) / 1000 if pushback is not None and str(pushback).isdecimal() else None
     result = from_status(status, retry_after=retry_after)
-    if isinstance(result, Unavailable) and not result.reason:
-        hint = f"no answer from {target!r}: is a server running there? See: lossgrad ping --target {target}"
-        result.message = f"{result.message}\n{hint}"
-        result.args = (result.message,)
+    if type(result) is Unavailable and not result.reason:
+        for sign, kind, hint in _UNREACHABLE:
+            if sign in message:
+                text = hint.format(target=target)
+                return kind(
+                    f"{message}\n{text}", result.code, request_id=result.request_id, retry_after=result.retry_after
+                )
     return result
 
 

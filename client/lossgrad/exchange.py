@@ -47,14 +47,19 @@ class Item:
 
 
 class Room:
-    """How much may be under way. Once full, it is closed until half is free again, so that messages stay large."""
+    """How much may be under way. Once full, it is closed until there is room for half a message, so that they stay large.
 
-    def __init__(self, max_requests: int, max_bytes: int) -> None:
+    Not for more than that: the server must have a message to work on while the next one is packed.
+    """
+
+    def __init__(self, max_requests: int, max_bytes: int, message_requests: int, message_bytes: int) -> None:
         for name, value in (("in_flight", max_requests), ("in_flight_bytes", max_bytes)):
             if value < 1:
                 raise InvalidRequest(f"{name} is {value}; it must be at least 1", field=name)
         self._max_requests = max_requests
         self._max_bytes = max_bytes
+        self._reopen_requests = max_requests - max(1, min(message_requests, max_requests) // 2)
+        self._reopen_bytes = max_bytes - max(1, min(message_bytes, max_bytes) // 2)
         self._is_open = True
         self.requests = 0
         self.bytes = 0
@@ -64,7 +69,7 @@ class Room:
         """Whether one more may go in."""
         if self.requests >= self._max_requests or self.bytes >= self._max_bytes:
             self._is_open = False
-        elif 2 * self.requests <= self._max_requests and 2 * self.bytes <= self._max_bytes:
+        elif self.requests <= self._reopen_requests and self.bytes <= self._reopen_bytes:
             self._is_open = True
         return self._is_open
 
@@ -128,7 +133,8 @@ class Exchange:
             if deadline is None:
                 timeout_ns = 0
             else:
-                timeout_ns = max(1, int((deadline - now) * 1e9))
+                # In whole milliseconds, so that requests that were added together have equal ones: those are encoded once.
+                timeout_ns = max(1, int((deadline - now) * 1e3)) * 1_000_000
                 self.wake_at = min(self.wake_at, deadline)
             if self.is_alone(request.byte_count):
                 if item.message is None:
@@ -153,9 +159,9 @@ class Exchange:
             outcomes = decode_stream_response(message)
         except CodecError as error:
             raise ServerError(f"the server's answer cannot be read: {error}") from error
-        sent, finish = self._sent, self._finish
+        take, finish = self._sent.pop, self._finish
         for tag, outcome in outcomes:
-            item = sent.pop(tag, None)
+            item = take(tag, None)
             if item is None:
                 continue  # answered before: given up here, or sent twice because the stream broke
             if not isinstance(outcome, ResponseView):
@@ -170,6 +176,11 @@ class Exchange:
 
     def fail(self, item: Item, error: LossgradError, now: float, jitter: float | None = None) -> None:
         """Take note that a request, which is not sent now, failed: it is put off to be sent again, or finished."""
+        if (other := item.request.instead(error)) is not None:
+            item.request, item.message, item.due_at = other, None, now
+            self._put_off[item.tag] = item
+            self.wake_at = min(self.wake_at, now)
+            return
         if error.reason == "DRAINING":
             self.draining.add(item.stream)
         is_transient = error.code is grpc.StatusCode.UNAVAILABLE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, cast
 
 from lossgrad.losses import Loss
@@ -93,10 +94,21 @@ class _NewLossResult:
 
 def new_timing(stats: StatsView, round_trip_seconds: float) -> Timing:
     """Return the Timing of an answer."""
-    queue_ns, pack_ns, compute_ns, unpack_ns, batch_request_count, batch_element_count, device = stats
     # Made as a twin with the same slots that is not frozen, and then turned into the real thing: a frozen dataclass sets
     # each field through a function, which takes five times as long, and every answer has one of these.
+    queue, pack, compute, unpack, batch_request_count, batch_element_count, device = _seconds(stats)
     timing: Any = _NewTiming(
+        queue, pack, compute, unpack, batch_request_count, batch_element_count, device, round_trip_seconds
+    )
+    timing.__class__ = Timing
+    return cast(Timing, timing)
+
+
+@lru_cache(maxsize=64)
+def _seconds(stats: StatsView) -> tuple[float, float, float, float, int, int, str]:
+    """Return what Timing has of a ComputeStats; it is equal for many answers that come one after another."""
+    queue_ns, pack_ns, compute_ns, unpack_ns, batch_request_count, batch_element_count, device = stats
+    return (
         queue_ns / 1e9,
         pack_ns / 1e9,
         compute_ns / 1e9,
@@ -104,10 +116,7 @@ def new_timing(stats: StatsView, round_trip_seconds: float) -> Timing:
         batch_request_count,
         batch_element_count,
         device,
-        round_trip_seconds,
     )
-    timing.__class__ = Timing
-    return cast(Timing, timing)
 
 
 def new_loss_result(

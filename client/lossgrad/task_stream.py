@@ -36,6 +36,11 @@ class TaskStream:
         for message in messages:
             await write_stream(self._call, message)
 
+    @property
+    def has_received(self) -> bool:
+        """Whether `received` has something to give at once."""
+        return bool(self._incoming)
+
     async def received(self, wait_seconds: float | None) -> list[bytes | Exception | None]:
         """Return all that has come; if there is nothing, wait for the first for this long, for ever if None."""
         if not self._incoming and wait_seconds != 0.0:

@@ -39,6 +39,11 @@ class ThreadStream:
         for message in messages:
             self._outgoing.put(message)
 
+    @property
+    def has_received(self) -> bool:
+        """Whether `received` has something to give at once."""
+        return not self._incoming.empty()
+
     def received(self, wait_seconds: float | None) -> Iterator[bytes | Exception | None]:
         """Give all that has come; if there is nothing, wait for the first for this long, for ever if None."""
         try:

@@ -27,7 +27,8 @@ from lossgrad.exchange import (
     backoff_seconds,
 )
 
-DEFAULT_IN_FLIGHT: Final = 128
+# Four full messages: one that the server computes, one that waits there, one on its way, one that is being read or packed.
+DEFAULT_IN_FLIGHT: Final = 256
 DEFAULT_IN_FLIGHT_BYTES: Final = 64 * 1024 * 1024
 # An iterable that takes longer than this to give the next pair is slower than the server: do not wait for it.
 _SLOW_PULL_SECONDS: Final = 0.001
@@ -50,11 +51,13 @@ class StreamWindow:
         retries: int,
         clock: Callable[[], float],
     ) -> None:
-        self._room = Room(max_requests, max_bytes)
+        # Half a window a message at most, so that the server computes one while the client packs the other.
+        message_requests = max(1, min(max_requests // 2, MAX_REQUESTS_PER_MESSAGE))
+        message_bytes = min(FULL_MESSAGE_BYTES, max_message_bytes, max(1, max_bytes // 2))
+        self._room = Room(max_requests, max_bytes, message_requests, message_bytes)
         self._exchange = Exchange(
-            # Half a window a message, so that the server computes one while the client packs the other.
-            requests_per_message=max(1, min(max_requests // 2, MAX_REQUESTS_PER_MESSAGE)),
-            bytes_per_message=min(FULL_MESSAGE_BYTES, max_message_bytes, max(1, max_bytes // 2)),
+            requests_per_message=message_requests,
+            bytes_per_message=message_bytes,
             retries=retries,
             finish=self._finish,
         )
@@ -78,7 +81,7 @@ class StreamWindow:
 
     @property
     def has_room(self) -> bool:
-        """Whether to add more. Once full, not before half is free again, so that messages stay large."""
+        """Whether to add more. Once full, not before half a message's room is free, so that messages stay large."""
         return self._room.is_open
 
     @property

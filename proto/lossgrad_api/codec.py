@@ -28,13 +28,17 @@ from lossgrad_api.response_codec import (
     decode_compute_response,
     decode_stream_response,
     encode_compute_response,
+    encode_stats,
     encode_stream_response,
+    stream_response_parts,
 )
-from lossgrad_api.wire import Buffer, CodecError, HeaderTooLarge, WireTensor
+from lossgrad_api.response_form import ResponseForm, ResultForm, TensorForm
+from lossgrad_api.wire import EMPTY, Buffer, CodecError, HeaderTooLarge, WireTensor
 
 __all__ = [
     "ACCUMULATE_LOSS",
     "COMPUTE_LOSS",
+    "EMPTY",
     "GET_SERVER_INFO",
     "MAX_HEADER_BYTES",
     "SERVICE",
@@ -44,21 +48,26 @@ __all__ = [
     "HeaderTooLarge",
     "KnownRequests",
     "RequestView",
+    "ResponseForm",
     "ResponseView",
+    "ResultForm",
     "ResultView",
     "StatsView",
     "TaggedRequestView",
+    "TensorForm",
     "TooManyRequests",
     "WireTensor",
     "decode_compute_response",
     "decode_stream_response",
     "encode_compute_request",
     "encode_compute_response",
+    "encode_stats",
     "encode_stream_request",
     "encode_stream_response",
     "parse_request_header",
     "split_compute_request",
     "split_stream_request",
+    "stream_response_parts",
 ]
 
 SERVICE: Final = "lossgrad_api.v1.LossService"

@@ -1,4 +1,4 @@
-"""LossResults whose layout was seen before: read with one `struct` call instead of a walk over their fields.
+"""Answers whose layout was seen before: read with few calls instead of a walk over their fields.
 
 A server answers the same kind of request again and again. Of such answers all bytes but the numbers and the tensors' data
 are equal and in the same places, as with requests (KnownRequests). A result is taken for known only if all those bytes
@@ -23,7 +23,11 @@ _MAX_OF_ONE_LENGTH: Final = 4
 _MAX_FIXED_BYTES: Final = 512
 _MISSES_TO_REPLACE: Final = 32
 
-# Tags: field number * 8 + wire type.
+# Tags: field number * 8 + wire type. Of TaggedResponse and ComputeLossResponse:
+_RESPONSE: Final = 2 << 3 | 2
+_STATS: Final = 1 << 3 | 2
+_RESULT: Final = 2 << 3 | 2
+# Of LossResult:
 _SCALAR: Final = 1 << 3 | 1
 _TENSOR: Final = 2 << 3 | 2
 _ELEMENT_COUNT: Final = 3 << 3
@@ -34,6 +38,54 @@ _INPUT_GRADIENT: Final = 7 << 3 | 2
 _TENSORS: Final = (_TENSOR, _TARGET_GRADIENT, _INPUT_GRADIENT)
 
 _new: Final = tuple.__new__  # a NamedTuple's own constructor takes three times as long
+
+
+class Frame(NamedTuple):
+    """Where things are in a TaggedResponse with stats and one result, from behind its tag."""
+
+    stats_begin: int
+    stats_end: int
+    result_head: bytes
+    result_begin: int
+
+
+# By the length of all behind the tag, and the bytes up to the length of the stats.
+_frames: dict[tuple[int, bytes], Frame] = {}
+
+
+def known_frame(data: bytes, position: int, end: int) -> Frame | None:
+    """Return the frame of the TaggedResponse whose part behind its tag is `data[position:end]`, at least five bytes.
+
+    None if it is anything else than a response of stats and one result. Raises CodecError.
+    """
+    key = (end - position, data[position : position + 5])
+    frame = _frames.get(key)
+    if frame is None:
+        frame = _frame(data, position, end)
+        if frame is None:
+            return None
+        if len(_frames) >= _MAX_LENGTHS:
+            _frames.clear()
+        _frames[key] = frame
+    return frame if data.startswith(frame.result_head, position + frame.stats_end) else None
+
+
+def _frame(data: bytes, position: int, end: int) -> Frame | None:
+    begin = position
+    if data[position] != _RESPONSE:
+        return None
+    position, behind = read_length(data, position + 1, end)
+    # The key must hold all that is read here but the result's head, so the stats' length has to be one byte.
+    if behind != end or position + 2 > min(end, begin + 5) or data[position] != _STATS or data[position + 1] >= 0x80:
+        return None
+    stats_begin = position + 2
+    stats_end = stats_begin + data[position + 1]
+    if stats_end >= end or data[stats_end] != _RESULT:
+        return None
+    result_begin, behind = read_length(data, stats_end + 1, end)
+    if behind != end:
+        return None
+    return Frame(stats_begin - begin, stats_end - begin, data[stats_end:result_begin], result_begin - begin)
 
 
 class _TensorAt(NamedTuple):

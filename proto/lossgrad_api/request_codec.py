@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -43,6 +44,9 @@ _OPERANDS: Final = (_INPUT, _TARGET, _WEIGHT, _MASK)
 _TENSORS: Final = frozenset(_OPERANDS)
 
 _Value = TypeVar("_Value")
+_Unpack = Callable[[bytes, int], tuple[Any, ...]]
+
+_new: Final = tuple.__new__  # a NamedTuple's own constructor takes three times as long
 
 
 class TooManyRequests(CodecError):
@@ -103,10 +107,7 @@ def encode_stream_request(requests: Iterable[tuple[int, int, Sequence[Buffer]]])
     for tag, timeout_ns, parts in requests:
         size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
         # scalar_field by hand: this is done for each of thousands of requests a second.
-        head = b"\x08" + signed_varint(tag) if tag else b""
-        if timeout_ns:
-            head += b"\x10" + signed_varint(timeout_ns)
-        head += b"\x1a" + varint(size)
+        head = (b"\x08" + signed_varint(tag) if tag else b"") + _request_field_head(timeout_ns, size)
         message.append(b"\x0a" + varint(len(head) + size) + head)
         message += parts
     return b"".join(message)
@@ -177,8 +178,8 @@ class KnownRequests(Generic[_Value]):
     _MAX_HEADER_BYTES: Final = 2048
 
     def __init__(self) -> None:
-        # By length: (the header's pieces with their offsets, the spans of the operands' data, the value).
-        self._known: dict[int, list[tuple[list[tuple[int, bytes]], list[_Span], _Value]]] = {}
+        # By length: (what gives the header's pieces, the pieces, the spans of the operands' data, the value).
+        self._known: dict[int, list[tuple[_Unpack, tuple[bytes, ...], list[_Span], _Value]]] = {}
 
     def remember(self, data: bytes, start: int, end: int, value: _Value) -> None:
         """Remember `value` for requests like `data[start:end]`, which was split before without an error."""
@@ -189,10 +190,16 @@ class KnownRequests(Generic[_Value]):
             self._known.clear()
         alike = self._known.setdefault(end - start, [])
         del alike[self._MAX_OF_ONE_LENGTH - 1 :]
+        form = "<"
+        position = start
+        for begin, behind in pieces:
+            form += f"{begin - position}x{behind - begin}s"
+            position = behind
         alike.insert(
             0,
             (
-                [(begin - start, data[begin:behind]) for begin, behind in pieces],
+                struct.Struct(form).unpack_from,
+                tuple(data[begin:behind] for begin, behind in pieces),
                 [(spans[tag][0] - start, spans[tag][1] - start) for tag in _OPERANDS if tag in spans],
                 value,
             ),
@@ -200,11 +207,8 @@ class KnownRequests(Generic[_Value]):
 
     def find(self, data: bytes, start: int, end: int) -> tuple[_Value, tuple[memoryview, ...]] | None:
         """Return the value, and views of the data of those of input, target, weight, mask that have any; or None."""
-        for pieces, spans, value in self._known.get(end - start, ()):
-            for offset, piece in pieces:
-                if not data.startswith(piece, start + offset):
-                    break
-            else:
+        for unpack, pieces, spans, value in self._known.get(end - start, ()):
+            if unpack(data, start) == pieces:
                 view = memoryview(data)
                 return value, tuple([view[start + begin : start + behind] for begin, behind in spans])
         return None
@@ -265,6 +269,17 @@ def split_stream_request(data: bytes, max_requests: int) -> list[TaggedRequestVi
 
 def _tagged_request(data: bytes, position: int, end: int, limit: int) -> tuple[TaggedRequestView, int]:
     """Return the TaggedRequest `data[position:end]`, and `limit` moved by the bytes of its ComputeLossRequest."""
+    # As most are written: tag, timeout, request, and nothing else. All but the last are less than _TAGGED_HEAD_BYTES.
+    if position < end and data[position] == 1 << 3:
+        tag, behind = read_varint(data, position + 1, end)
+        timeout_ns = 0
+        if behind < end and data[behind] == 2 << 3:
+            timeout_ns, behind = read_varint(data, behind + 1, end)
+        if behind < end and data[behind] == (3 << 3 | 2):
+            start, behind = read_length(data, behind + 1, end)
+            if behind == end:
+                view = (to_signed(tag), to_signed(timeout_ns), data, start, end)
+                return _new(TaggedRequestView, view), limit + end - start
     tag = timeout_ns = 0
     bodies: list[tuple[int, int]] = []
     while position < end:
@@ -293,6 +308,12 @@ def _header_too_large(excess: int) -> HeaderTooLarge:
         f"all that is not tensor data takes at least {MAX_HEADER_BYTES + excess} bytes, at most {MAX_HEADER_BYTES} are "
         "taken; tensor elements belong in Tensor.data"
     )
+
+
+@lru_cache(maxsize=256)
+def _request_field_head(timeout_ns: int, size: int) -> bytes:
+    """Return what stands in a TaggedRequest between its tag and its ComputeLossRequest."""
+    return (b"\x10" + signed_varint(timeout_ns) if timeout_ns else b"") + b"\x1a" + varint(size)
 
 
 @lru_cache(maxsize=1024)

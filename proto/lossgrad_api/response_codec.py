@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
-from lossgrad_api.known_results import known_result, remember_result
+from lossgrad_api.known_results import known_frame, known_result, remember_result
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_api.wire import (
     EMPTY,
@@ -22,6 +22,7 @@ from lossgrad_api.wire import (
     read_tag,
     read_varint,
     scalar_field,
+    signed_varint,
     skip,
     string_field,
     tensor_head,
@@ -78,8 +79,7 @@ class ResponseView(NamedTuple):
 
 def encode_compute_response(stats: StatsView, results: Iterable[ResultView], idempotency_key: str = "") -> list[Buffer]:
     """Return a ComputeLossResponse as parts to join."""
-    body = scalar_field(1, stats[0]) + _stats_of_batch(stats[1:])
-    parts: list[Buffer] = [b"\x0a" + varint(len(body)) + body]
+    parts: list[Buffer] = [encode_stats(stats)]
     for result in results:
         parts += _result_parts(result)
     if idempotency_key:
@@ -87,16 +87,31 @@ def encode_compute_response(stats: StatsView, results: Iterable[ResultView], ide
     return parts
 
 
+def encode_stats(stats: StatsView) -> bytes:
+    """Return the field of a ComputeLossResponse that holds its ComputeStats."""
+    body = scalar_field(1, stats[0]) + _stats_of_batch(stats[1:])
+    return b"\x0a" + varint(len(body)) + body
+
+
 @lru_cache(maxsize=64)
 def _stats_of_batch(stats: tuple[int, int, int, int, int, str]) -> bytes:
     """Return all of a ComputeStats but its first field: equal for all requests of a batch, which come one after another."""
-    numbers = b"".join(scalar_field(number, value) for number, value in enumerate(stats[:5], 2))
-    return numbers + string_field(7, stats[5])
+    pack_ns, compute_ns, unpack_ns, request_count, element_count, device = stats
+    # scalar_field by hand: a request that is computed alone has stats of its own.
+    fields = b"\x10" + signed_varint(pack_ns) if pack_ns else b""
+    if compute_ns:
+        fields += b"\x18" + signed_varint(compute_ns)
+    if unpack_ns:
+        fields += b"\x20" + signed_varint(unpack_ns)
+    if request_count:
+        fields += b"\x28" + signed_varint(request_count)
+    if element_count:
+        fields += b"\x30" + signed_varint(element_count)
+    return fields + string_field(7, device)
 
 
-@lru_cache(maxsize=1024)
-def _counts(element_count: int, weight_sum: float, nonfinite_count: int) -> bytes:
-    """Return the fields 3 to 5 of a LossResult: equal for requests of one shape."""
+def counts_fields(element_count: int, weight_sum: float, nonfinite_count: int) -> bytes:
+    """Return the fields 3 to 5 of a LossResult."""
     packed = _DOUBLE.pack(weight_sum)
     weight = b"\x21" + packed if packed != _ZERO else b""
     return scalar_field(3, element_count) + weight + scalar_field(5, nonfinite_count)
@@ -111,8 +126,7 @@ def _result_parts(result: ResultView) -> list[Buffer]:
         size += len(tensor.data)
         parts += (head + tensor_head(2 << 3 | 2, tensor.data_type, tensor.shape, len(tensor.data)), tensor.data)
         head = b""
-    # 0.0 and -0.0 are equal keys of a cache and not equal on the wire.
-    head += (_counts if weight_sum else _counts.__wrapped__)(element_count, weight_sum, nonfinite_count)
+    head += counts_fields(element_count, weight_sum, nonfinite_count)
     for tag, gradient in ((6 << 3 | 2, target_gradient), (7 << 3 | 2, input_gradient)):
         if gradient is not None:
             data = gradient.data
@@ -127,6 +141,11 @@ def _result_parts(result: ResultView) -> list[Buffer]:
 
 def encode_stream_response(responses: Iterable[tuple[int, Sequence[Buffer] | status_pb2.Status]]) -> bytes:
     """Return a StreamComputeLossResponse of (tag, parts of `encode_compute_response` or the error)."""
+    return b"".join(stream_response_parts(responses))
+
+
+def stream_response_parts(responses: Iterable[tuple[int, Sequence[Buffer] | status_pb2.Status]]) -> list[Buffer]:
+    """Return what `encode_stream_response` does as parts to join."""
     message: list[Buffer] = []
     for tag, outcome in responses:
         parts: Sequence[Buffer]
@@ -134,11 +153,12 @@ def encode_stream_response(responses: Iterable[tuple[int, Sequence[Buffer] | sta
             field, parts = b"\x1a", [outcome.SerializeToString()]
         else:
             field, parts = b"\x12", outcome
-        size = sum(map(len, parts))
-        head = scalar_field(1, tag) + field + varint(size)
+        size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
+        # scalar_field by hand: this is done for each of thousands of answers a second.
+        head = (b"\x08" + signed_varint(tag) if tag else b"") + field + varint(size)
         message.append(b"\x0a" + varint(len(head) + size) + head)
-        message.extend(parts)
-    return b"".join(message)
+        message += parts
+    return message
 
 
 def decode_compute_response(data: bytes, start: int = 0, end: int | None = None) -> ResponseView:
@@ -181,7 +201,9 @@ def _decode_response(data: bytes, view: memoryview, position: int, end: int) -> 
     return _new(ResponseView, (_decode_stats(stats), tuple(results), idempotency_key))
 
 
+@lru_cache(maxsize=64)
 def _decode_stats(body: bytes) -> StatsView:
+    """Return a ComputeStats. Requests of a message that are computed in one batch all have the same."""
     if body[:1] == b"\x08":
         queue_ns, position = read_varint(body, 1, len(body))
         batch = _decode_stats_of_batch(body[position:])
@@ -309,22 +331,39 @@ def decode_stream_response(data: bytes) -> list[tuple[int, ResponseView | status
             position = skip(data, field, position, end)
             continue
         position, response_end = _read_span(data, position, end)
-        responses.append(_tagged_response(data, view, position, response_end))
+        responses.append(
+            _usual_response(data, view, position, response_end) or _tagged_response(data, view, position, response_end)
+        )
         position = response_end
     return responses
+
+
+def _usual_response(
+    data: bytes, view: memoryview, position: int, end: int
+) -> tuple[int, ResponseView | status_pb2.Status] | None:
+    """Return the TaggedResponse `data[position:end]` if it is as servers mostly send it, otherwise None.
+
+    That is: a tag; a response, with stats and one result whose layout is known; nothing else. Most answers are, and
+    reading them with all that could be otherwise in mind takes twice as long.
+    """
+    if end - position < 16 or data[position] != 1 << 3:
+        return None
+    tag, position = read_varint(data, position + 1, end)
+    frame = known_frame(data, position, end)
+    if frame is None:
+        return None
+    stats_begin, stats_end, _, result_begin = frame
+    result = known_result(data, view, position + result_begin, end)
+    if result is None:
+        return None
+    stats = _decode_stats(data[position + stats_begin : position + stats_end])
+    return to_signed(tag), _new(ResponseView, (stats, (_new(ResultView, result),), ""))
 
 
 def _tagged_response(
     data: bytes, view: memoryview, position: int, end: int
 ) -> tuple[int, ResponseView | status_pb2.Status]:
     tag = 0
-    if position < end and data[position] == 1 << 3:
-        tag, position = read_varint(data, position + 1, end)
-        # A response, and nothing behind it: what servers send. Anything else is read below, with the tag known so far.
-        if position < end and data[position] == _RESPONSE:
-            body, behind = _read_span(data, position + 1, end)
-            if behind == end:
-                return to_signed(tag), _decode_response(data, view, body, end)
     member = 0  # of the oneof: the last one set wins, and protobuf merges one that comes twice in a row
     spans: list[tuple[int, int]] = []
     while position < end:

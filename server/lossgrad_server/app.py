@@ -13,30 +13,37 @@ import platform
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc.aio
 import prometheus_client
 
 from lossgrad_api.allocator import release_free_memory
-from lossgrad_api.codec import SERVICE
 from lossgrad_server import __version__, engine
 from lossgrad_server.batching.admission import AdmissionLimits
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.forming import BatchLimits
 from lossgrad_server.config import ConfigError, ServerConfig
 from lossgrad_server.metrics import Metrics
+from lossgrad_server.security import security
 from lossgrad_server.transport.call import Method
 from lossgrad_server.transport.grpc_server import create_server
 from lossgrad_server.transport.health import Health, health_method
 from lossgrad_server.transport.in_process import InProcessChannel
+from lossgrad_server.transport.open_inference.service import OpenInferenceDescription, OpenInferenceService
 from lossgrad_server.transport.pipeline import RequestPipeline
 from lossgrad_server.transport.service import LossService, ServiceDescription
+
+if TYPE_CHECKING:
+    from lossgrad_server.shared_memory.sharing import SharedMemory
 
 logger = logging.getLogger(__name__)
 
 # How long the device's running batch may take to end once nobody waits for it any more.
 _WORKER_STOP_SECONDS: Final = 10.0
+
+# How often requests are looked through for late ones.
+_EXPIRY_SECONDS: Final = 0.05
 
 # Memory kept for the next large message is given back once there has been no request for this long.
 _IDLE_SECONDS: Final = 5.0
@@ -49,8 +56,14 @@ class DeviceLost(Exception):
 class Core:
     """What every server has, whatever transport is on top: the worker, the batcher, the metrics, the handlers."""
 
-    def __init__(self, config: ServerConfig, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, config: ServerConfig, loop: asyncio.AbstractEventLoop, shared_memory: SharedMemory | None = None
+    ) -> None:
+        """`shared_memory` is what the server shares with its callers; None for nothing."""
+        self.shared_memory = shared_memory
         self.device_lost = asyncio.Event()
+        self._expiry: asyncio.Task[None] | None = None
+        self.is_ready = False
         try:
             worker = engine.create_worker(config.device, config.threads or None, config.engine)
         except ValueError as error:
@@ -77,7 +90,14 @@ class Core:
             on_lost=self.device_lost.set,
         )
         self.metrics.watch(self.batcher)
-        self.pipeline = RequestPipeline(self.batcher, self.metrics, config.max_message_bytes)
+        self.pipeline = RequestPipeline(
+            self.batcher,
+            self.metrics,
+            config.max_message_bytes,
+            None if shared_memory is None else shared_memory.segments,
+        )
+        if shared_memory is not None:
+            self.metrics.watch_memory(shared_memory.state)
         description = ServiceDescription(
             server_version=__version__,
             torch_version=engine.torch_version(),
@@ -88,18 +108,49 @@ class Core:
             max_queued_bytes=config.max_queued_bytes,
             max_stream_requests=config.max_stream_requests,
         )
-        self.methods: list[Method] = LossService(self.pipeline, description).methods()
+        offer = (lambda _: None) if shared_memory is None else shared_memory.offer
+        self.methods: list[Method] = LossService(self.pipeline, description, offer).methods()
+        if config.open_inference:
+            self.methods += OpenInferenceService(
+                self.pipeline,
+                OpenInferenceDescription(
+                    server_version=__version__,
+                    device=worker.device,
+                    max_message_bytes=config.max_message_bytes,
+                    max_queued_requests=config.max_queued_requests,
+                    max_stream_requests=config.max_stream_requests,
+                ),
+                is_ready=lambda: self.is_ready,
+                regions=None if shared_memory is None else shared_memory.system_regions,
+            ).methods()
 
     async def warm_up(self) -> None:
         """Start the worker and wait until it is warm; from then on requests are served."""
         self.batcher.start()
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.wait_until_warm)
         self.pipeline.is_warm = True
-        self.metrics.ready.set(1)
+        self._expiry = asyncio.create_task(self._expire())
+        self.set_ready(True)
+
+    async def _expire(self) -> None:
+        """Hand back what is late, so that nobody is answered long after they stopped waiting."""
+        while True:
+            await asyncio.sleep(_EXPIRY_SECONDS)
+            if self.batcher.admitted_requests:
+                self.batcher.expire()
+
+    def set_ready(self, is_ready: bool) -> None:
+        """Say whether requests are served."""
+        self.is_ready = is_ready
+        self.metrics.ready.set(is_ready)
 
     async def close(self) -> None:
         """Answer what still waits, and stop the worker."""
+        if self._expiry is not None:
+            self._expiry.cancel()
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.close, _WORKER_STOP_SECONDS)
+        if self.shared_memory is not None:
+            self.shared_memory.close()
 
 
 class Server:
@@ -109,17 +160,23 @@ class Server:
         self.config = config
         self.port = 0
         self.metrics_port: int | None = None
-        self._core = Core(config, asyncio.get_running_loop())
+        self._security = security(config)  # before the device: a bad setting must be told at once
+        self._core = Core(config, asyncio.get_running_loop(), _shared_memory(config))
         self._health = Health()
         self._grpc = create_server(
             self._core.methods,
             self._core.metrics,
             max_message_bytes=config.max_message_bytes,
             max_connection_age_seconds=config.max_connection_age_seconds,
+            tokens=self._security.tokens,
         )
         self._health.add_to(self._grpc)
+        if self._security.certificates is not None:
+            self._core.metrics.watch_certificates(self._security.certificates)
         if config.reflection:
-            _add_reflection(self._grpc)
+            from lossgrad_server.transport.reflection import add_reflection
+
+            add_reflection(self._grpc, open_inference=config.open_inference)
         self._stop_metrics: Callable[[], None] = lambda: None
         self._trimmer: asyncio.Task[None] | None = None
 
@@ -136,7 +193,7 @@ class Server:
     async def start(self) -> None:
         """Bind the ports, warm up, and begin to serve. Raises ConfigError where a port cannot be had."""
         try:
-            self.port = self._grpc.add_insecure_port(self.config.address)
+            self.port = self._security.listen(self._grpc, self.config.address)
         except RuntimeError:
             raise ConfigError(
                 f"cannot listen on {self.config.address}: is it taken, or not an address of this machine? "
@@ -144,6 +201,8 @@ class Server:
             ) from None
         if self.config.metrics_port >= 0:
             self._start_metrics()
+        if self._core.shared_memory is not None:
+            self._core.shared_memory.start(self.config.address, self.port)
         await self._health.set_alive()
         await self._grpc.start()
         try:
@@ -201,7 +260,7 @@ class Server:
     async def drain(self) -> None:
         """Stop without an error for anyone: say NOT_SERVING, serve on for the delay, refuse new calls, finish the rest."""
         logger.info("Draining: %s requests inside", self._core.batcher.admitted_requests)
-        self._core.metrics.ready.set(0)
+        self._core.set_ready(False)
         await self._health.set_ready(False)
         await asyncio.sleep(self.config.drain_delay_seconds)
         await self._grpc.stop(self.config.drain_grace_seconds)
@@ -311,6 +370,17 @@ class EmbeddedServer:
         self._thread.join()
 
 
+def _shared_memory(config: ServerConfig) -> SharedMemory | None:
+    if not config.allow_shared_memory:
+        return None
+    from lossgrad_server.shared_memory.sharing import (
+        SharedMemory,
+    )  # needs more of the system than the rest of the server
+
+    logger.warning("Sharing memory with callers on this machine: see docs/shared-memory.md for what that trusts")
+    return SharedMemory(config.max_shared_memory_bytes, config.region_prefixes)
+
+
 def _poster(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]:
     def post(callback: Callable[[], None]) -> None:
         try:
@@ -319,11 +389,3 @@ def _poster(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], N
             logger.debug("A batch ended after the event loop")
 
     return post
-
-
-def _add_reflection(server: grpc.aio.Server) -> None:
-    from grpc_health.v1 import health
-    from grpc_reflection.v1alpha import reflection
-
-    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)  # type: ignore[no-untyped-call]

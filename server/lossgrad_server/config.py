@@ -9,17 +9,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lossgrad_server import __version__
+from lossgrad_server.logs import FORMATS
 
 MIB: Final = 1 << 20
 INT32_MAX: Final = (1 << 31) - 1  # the limits that GetServerInfo tells travel as int32 and int64
 INT64_MAX: Final = (1 << 63) - 1
 DAY_SECONDS: Final = 86_400
 ENVIRONMENT_PREFIX: Final = "LOSSGRAD_"
+_PREFIX: Final = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
+_CHOICES: Final = {
+    "engine": ("fused", "plain"),
+    "log_level": ("debug", "info", "warning", "error"),
+    "log_format": FORMATS,
+}
 
 
 class ConfigError(ValueError):
@@ -93,6 +101,46 @@ class ServerConfig:
     max_batch_bytes: int = _setting(
         256 * MIB, "Most bytes in a batch, answers included; bounds the memory on the device.", least=1
     )
+    allow_shared_memory: bool = _setting(
+        False,
+        "Share memory with callers on this machine, so that tensors need not travel: for the SDK's shared_memory=True and "
+        "for Open Inference's system regions. Off, because it lets callers name and fill memory that the server reads; a "
+        "proxy on this machine makes its callers look local.",
+    )
+    shared_memory_prefixes: str = _setting(
+        "lossgrad",
+        "What the names of Open Inference's system regions must begin with, after the leading slash; several with commas. "
+        "Short ones let callers name memory of other programs of theirs. The SDK's memory has no names.",
+    )
+    max_shared_memory_bytes: int = _setting(
+        4096 * MIB,
+        "Most bytes of shared memory at a time. The SDK's callers that find no room send their tensors in messages.",
+        least=1,
+        most=INT64_MAX,
+    )
+    open_inference: bool = _setting(
+        True,
+        "Serve the Open Inference Protocol too, on the same port and from the same batches, for Triton's clients and tools.",
+    )
+    tls_cert: str = _setting(
+        "",
+        "PEM file of the server's certificate with its chain; with --tls-key this turns TLS on. Read again when it changes.",
+    )
+    tls_key: str = _setting("", "PEM file of the certificate's private key, without a password.")
+    tls_client_ca: str = _setting(
+        "",
+        "PEM file of authorities: callers must then show a certificate of one of them (mutual TLS).",
+    )
+    token_file: str = _setting(
+        "",
+        "File of bearer tokens, one to a line: callers must then send one of them. Read again when it changes. Health "
+        "checks need none.",
+    )
+    insecure: bool = _setting(
+        False,
+        "Serve without TLS on an address that others can reach. Without it that is refused, because tensors and tokens "
+        "would travel in plaintext.",
+    )
     reflection: bool = _setting(
         False, "Serve gRPC reflection, for tools such as grpcurl. Off, because it is of no use to clients."
     )
@@ -117,6 +165,9 @@ class ServerConfig:
         most=DAY_SECONDS,
     )
     log_level: str = _setting("info", "Least severe log line to write: debug, info, warning or error.")
+    log_format: str = _setting(
+        "auto", "How log lines look: text, json, or auto, which is text on a terminal and json elsewhere."
+    )
 
     def __post_init__(self) -> None:
         """Check every value. Raises ConfigError."""
@@ -126,10 +177,14 @@ class ServerConfig:
             if (least is not None and not value >= least) or (most is not None and not value <= most):
                 allowed = f"at least {least}" if most is None else f"{least} to {most}"
                 raise ConfigError(f"{flag(setting.name)} is {value}; it must be {allowed}")
-        if self.engine not in ("fused", "plain"):
-            raise ConfigError(f"--engine is {self.engine!r}; it must be fused or plain")
-        if self.log_level not in ("debug", "info", "warning", "error"):
-            raise ConfigError(f"--log-level is {self.log_level!r}; it must be debug, info, warning or error")
+        for name, words in _CHOICES.items():
+            if getattr(self, name) not in words:
+                raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}; it must be {_either(words)}")
+        if not all(_PREFIX.fullmatch(prefix) for prefix in self.region_prefixes):
+            raise ConfigError(
+                f"--shared-memory-prefixes is {self.shared_memory_prefixes!r}; it must be names of letters, digits, '.', "
+                "'_' and '-', with commas between them"
+            )
 
     @property
     def address(self) -> str:
@@ -137,9 +192,18 @@ class ServerConfig:
         return self.host if self.is_socket else f"{self.host}:{self.port}"
 
     @property
+    def region_prefixes(self) -> tuple[str, ...]:
+        """What the names of system regions must begin with, one of them."""
+        return tuple(prefix.strip() for prefix in self.shared_memory_prefixes.split(","))
+
+    @property
     def is_socket(self) -> bool:
         """Whether it listens on a unix socket, which has no port."""
         return self.host.startswith(("unix:", "unix-abstract:"))
+
+
+def _either(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def flag(name: str) -> str:

@@ -211,6 +211,16 @@ class JobPlan:
         return sum(output.tensor.byte_count for output in self.outputs)
 
     @cached_property
+    def byte_count(self) -> int:
+        """The bytes of tensor data that the job and its answer have together."""
+        return self.input_byte_count + self.output_byte_count
+
+    @cached_property
+    def work(self) -> int:
+        """About how long it takes to compute: elements times losses."""
+        return self.element_count * len(self.specs)
+
+    @cached_property
     def header(self) -> bytes:
         """The plan packed: a fixed-size record, one for each spec, one for each tensor. `unpack_header` reads it."""
         has_weight, has_mask = self.weight is not None, self.mask is not None

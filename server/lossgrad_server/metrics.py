@@ -9,18 +9,20 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from datetime import datetime
 from typing import Final, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from lossgrad_server.batching.forming import Batch
+from lossgrad_server.batching.forming import Batch, ClosedBy
+from lossgrad_server.counters import Counter
 from lossgrad_server.errors import Code, Reason, RequestError
 from lossgrad_server.histograms import Histogram
 from lossgrad_server.jobs import JobPlan, LossKind
-from lossgrad_server.work import SPEC_RESULT, BatchResult, WorkResult
+from lossgrad_server.work import BatchResult
 
 # From 10 microseconds: the usual buckets start at 5 ms, where every request of ours would be in the first.
 SECONDS: Final = (
@@ -37,17 +39,21 @@ UNKNOWN: Final = "unknown"  # the loss label of a request that was refused befor
 
 _OUTCOMES: Final = {
     Code.INVALID_ARGUMENT: "invalid",
+    Code.NOT_FOUND: "invalid",
+    Code.ALREADY_EXISTS: "invalid",
     Code.DEADLINE_EXCEEDED: "deadline",
     Code.CANCELLED: "cancelled",
     Code.UNAVAILABLE: "overloaded",
     Code.RESOURCE_EXHAUSTED: "too_large",
     Code.UNIMPLEMENTED: "invalid",
+    Code.UNAUTHENTICATED: "unauthenticated",
     Code.INTERNAL: "internal",
 }
 _OUTCOMES_BY_REASON: Final = {Reason.OUT_OF_DEVICE_MEMORY: "oom", Reason.DEVICE_FAILED: "device"}
 _REJECTIONS: Final = {
     Reason.QUEUE_FULL: "queue_full",
     Reason.QUEUE_BYTES_FULL: "bytes_full",
+    Reason.PREDICTED_LATE: "predicted_late",
     Reason.DRAINING: "draining",
     Reason.WARMING_UP: "warming_up",
     Reason.RESULT_TOO_LARGE: "too_large",
@@ -72,6 +78,18 @@ class QueueState(Protocol):
     def admitted_bytes(self) -> int:
         """The bytes of all jobs inside."""
 
+    @property
+    def oldest_wait_seconds(self) -> float:
+        """How long the job that has waited longest has waited."""
+
+
+class CertificateState(Protocol):
+    """What the gauge of the certificate reads."""
+
+    @property
+    def expires(self) -> datetime:
+        """When the certificate in use expires."""
+
 
 class RequestMetrics:
     """The bound series of one combination of loss, mode and api: what a request touches."""
@@ -84,15 +102,16 @@ class RequestMetrics:
         self._elements = metrics.elements.labels(loss, mode, metrics.device)
         self._nonfinite = metrics.nonfinite_results.labels(loss)
 
-    def done(self, seconds: float, element_count: int, result: WorkResult) -> None:
-        """Count a request that was answered with numbers, `seconds` after it came."""
-        self._ok.inc()
-        self._duration.observe(seconds)
-        self._elements.inc(element_count)
-        for _, _, _, nonfinite_count in SPEC_RESULT.iter_unpack(result.scalars):
-            if nonfinite_count:
-                self._nonfinite.inc()
-                break
+    def done(self, seconds: float, element_count: int, times: int, nonfinite_results: int) -> None:
+        """Count requests that were answered with numbers, `seconds` after they came: `times` of `element_count` each.
+
+        `nonfinite_results` of them had a NaN or an infinity among their elements' losses.
+        """
+        self._ok.inc(times)
+        self._duration.observe(seconds, times)
+        self._elements.inc(element_count * times)
+        if nonfinite_results:
+            self._nonfinite.inc(nonfinite_results)
 
 
 class Metrics:
@@ -163,6 +182,8 @@ class Metrics:
             ("loss",),
             registry=registry,
         )
+        # process_start_time_seconds, process_resident_memory_bytes ... under the names that everybody knows.
+        ProcessCollector(registry=registry)
         self.ready = Gauge("lossgrad_ready", "1 while requests are served, otherwise 0.", registry=registry)
         Gauge("lossgrad_build_info", "What runs here; always 1.", tuple(build_info), registry=registry).labels(
             **build_info
@@ -181,13 +202,29 @@ class Metrics:
         self._batch_requests = self.batch_requests.labels(device)
         self._batch_elements = self.batch_elements.labels(device)
         self._utilization = Utilization()
+        # Series that are there from the start: a rate of what never was is no number, and an alert on it never fires.
         for reason in sorted(set(_REJECTIONS.values())):
             self.rejected.labels(reason)
+        for closed_by in ClosedBy:
+            self.batches.labels(device, closed_by)
         self._request_metrics: dict[tuple[LossKind | None, bool, str], RequestMetrics] = {}
 
     def watch(self, queue: QueueState) -> None:
         """Export the queue's state, read anew at every scrape."""
         self.registry.register(_QueueCollector(queue, self._utilization, self.device))
+
+    def watch_memory(self, state: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
+        """Export what is shared with callers, read anew at every scrape: (kind, regions, bytes) of each kind."""
+        self.registry.register(_SharedMemoryCollector(state))
+
+    def watch_certificates(self, certificates: CertificateState) -> None:
+        """Export until when the certificate is valid, read anew at every scrape."""
+        gauge = Gauge(
+            "lossgrad_tls_certificate_expiry_timestamp_seconds",
+            "When the certificate in use expires, in seconds since 1970.",
+            registry=self.registry,
+        )
+        gauge.set_function(lambda: certificates.expires.timestamp())  # noqa: PLW0108 - another date after a reload
 
     def of_request(self, plan: JobPlan, api: str) -> RequestMetrics:
         """Return the series that a request with this plan touches."""
@@ -197,9 +234,9 @@ class Metrics:
             bound = self._request_metrics[key] = RequestMetrics(self, *labels(plan), api)
         return bound
 
-    def stage(self, stage: str, nanoseconds: int) -> None:
-        """Note the time that one request spent in a stage of the event loop's thread: decode, queue, encode."""
-        self._stages[stage].observe(nanoseconds * 1e-9)
+    def stage(self, stage: str, nanoseconds: float, times: int = 1) -> None:
+        """Note the time that each of some requests spent in a stage of the event loop's thread: decode, queue, encode."""
+        self._stages[stage].observe(nanoseconds * 1e-9, times)
 
     def failed(self, plan: JobPlan | None, api: str, error: RequestError) -> None:
         """Count a request that was answered with an error."""
@@ -275,6 +312,11 @@ class _QueueCollector(Collector):
                 self._queue.waiting_bytes,
             ),
             (
+                "lossgrad_queue_oldest_seconds",
+                "How long the request that has waited longest has waited; 0 where none waits.",
+                self._queue.oldest_wait_seconds,
+            ),
+            (
                 "lossgrad_inflight_bytes",
                 "Bytes of all requests inside and their answers.",
                 self._queue.admitted_bytes,
@@ -291,3 +333,16 @@ class _QueueCollector(Collector):
             family.add_metric((self._device,), value)
             families.append(family)
         return families
+
+
+class _SharedMemoryCollector(Collector):
+    def __init__(self, state: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
+        self._state = state
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        regions = GaugeMetricFamily("lossgrad_shm_regions", "Regions of shared memory.", labels=("kind",))
+        sizes = GaugeMetricFamily("lossgrad_shm_bytes", "Bytes of shared memory.", labels=("kind",))
+        for kind, count, byte_count in self._state():
+            regions.add_metric((kind,), count)
+            sizes.add_metric((kind,), byte_count)
+        return [regions, sizes]

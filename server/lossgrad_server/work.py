@@ -26,10 +26,17 @@ SPEC_TOTAL: Final = struct.Struct(f"<ddq{MAX_PARTIALS}dq{MAX_PARTIALS}d")
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """One request to compute: `JobPlan.header`, and each of `JobPlan.operands` as bytes: read-only, at any address."""
+    """One request to compute: `JobPlan.header`, and each of `JobPlan.operands` as bytes: read-only, at any address.
+
+    `destinations` is empty, or says for each of `JobPlan.outputs` where its bytes are wanted: writable memory of its
+    length at any address, or None for wherever the worker likes. A destination may be the very bytes of an operand of the
+    same length, and otherwise overlaps none. A worker that writes there returns that buffer as the output. A worker need
+    not: then whoever made the item copies.
+    """
 
     header: bytes
     operands: tuple[Buffer, ...]
+    destinations: tuple[Buffer | None, ...] = ()
 
 
 class WorkResult(NamedTuple):

@@ -49,6 +49,15 @@ def test_importing_the_client_does_not_import_torch_or_the_server() -> None:
     run("import lossgrad.cli; assert 'torch' not in sys.modules")
 
 
+def test_importing_the_package_waits_for_nothing_heavy() -> None:
+    run("import lossgrad; assert not {'grpc', 'numpy', 'google', 'asyncio'} & set(sys.modules), sys.modules")
+    # The module of the same name takes the function's place only if it comes first.
+    run("import lossgrad.embedded; from lossgrad.embedded import embedded; assert lossgrad.embedded is embedded")
+    # Nor does the command's help.
+    run("import lossgrad.cli; assert not {'grpc', 'numpy', 'google', 'asyncio'} & set(sys.modules), sys.modules")
+    run("import lossgrad; assert {'LossClient', 'nn', '__version__'} <= set(dir(lossgrad))")
+
+
 def test_the_client_works_where_only_its_own_dependencies_are(target: str) -> None:
     out = run(
         f"""

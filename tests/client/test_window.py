@@ -92,13 +92,27 @@ BUSY = status(Code.UNAVAILABLE, "full", reason="QUEUE_FULL", retry_after=0.5)
 def test_the_first_request_goes_out_at_once_and_then_half_windows_alternate() -> None:
     window = make_window(max_requests=8)
     assert tags(fill(window)) == [[1], [2, 3, 4, 5], [6, 7, 8]]
-    for tag in (1, 2, 3):
-        window.receive(answer(tag))
-        assert values(window) == [tag]
-        assert not window.has_room  # fewer than half are free: wait, so that the next message is a large one
-    window.receive(answer(4))
-    assert values(window) == [4.0]
-    assert tags(fill(window)) == [[9, 10, 11, 12]]
+    window.receive(answer(1))
+    assert values(window) == [1.0]
+    assert not window.has_room  # less than half a message: wait, so that the next one is larger
+    window.receive(answer(2, 3, 4, 5))
+    assert values(window) == [2.0, 3.0, 4.0, 5.0]
+    assert tags(fill(window)) == [[9, 10, 11, 12], [13]]
+
+
+def test_a_server_always_has_a_message_to_work_on_while_the_next_is_packed() -> None:
+    """Messages of uneven sizes must not let the window wait for its last answer before it sends again."""
+    window = make_window(max_requests=16)
+    messages = fill(window)
+    for _ in range(50):
+        given = tags([messages.pop(0)])[0]
+        window.receive(answer(*given))
+        assert values(window) == given
+        left = sum(len(requests) for requests in tags(messages))
+        assert left >= 4, (
+            f"only {left} requests are left for the server, which take it less time than packing the next 8"
+        )
+        messages += fill(window)
 
 
 def test_a_server_that_has_nothing_to_do_is_sent_the_next_request_at_once() -> None:

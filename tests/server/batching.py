@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable, Sequence
 
 from lossgrad_server.batching.admission import AdmissionLimits
-from lossgrad_server.batching.batcher import Batcher, Outcome
+from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.forming import Batch, BatchLimits
-from lossgrad_server.batching.job import Computed, Job
+from lossgrad_server.batching.job import Computed, Job, Outcome
 from lossgrad_server.errors import RequestError
 from lossgrad_server.jobs import DataType, JobPlan, LossKind, Reduction, SpecPlan, TensorPlan
 from lossgrad_server.work import BatchResult, DeviceWorker, Done, WorkFailure, WorkItem, WorkResult
@@ -32,7 +32,8 @@ class Answers:
         tensor = TensorPlan(DataType.FLOAT32, (elements,))
         self.outcomes[name] = []
 
-        def on_done(job: Job, outcome: Outcome) -> None:
+        def on_done(outcomes: list[tuple[Job, Outcome]]) -> None:
+            ((_, outcome),) = outcomes
             self.outcomes[name].append(outcome)
             self.order.append(name)
             self._arrived.put(name)

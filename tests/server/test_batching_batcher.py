@@ -10,7 +10,7 @@ import pytest
 
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.forming import ClosedBy
-from lossgrad_server.batching.job import Job
+from lossgrad_server.batching.job import BatchFacts, Job
 from lossgrad_server.errors import Code, Reason
 from lossgrad_server.work import FailureKind, WorkFailure, WorkResult
 from tests.server.batching import PATIENCE_SECONDS, Answers, FakeWorker, Observed, batcher
@@ -96,8 +96,7 @@ def test_outcomes_tell_the_batch_and_where_the_time_went(worker: FakeWorker, ans
     for name in ("a", "b"):
         computed = answers.computed(name)
         assert computed.result == WorkResult(name.encode(), ())
-        assert (computed.pack_ns, computed.compute_ns, computed.unpack_ns) == (10, 20, 30)
-        assert (computed.batch_request_count, computed.batch_element_count) == (2, 12)
+        assert computed.batch == BatchFacts(10, 20, 30, request_count=2, element_count=12, number=computed.batch.number)
         assert 0 < computed.queue_ns <= time.perf_counter_ns() - before
 
 
@@ -303,7 +302,7 @@ def test_a_caller_whose_callback_fails_costs_the_others_nothing(
     submit(one, answers.job("first"))
     worker.wait_for_batch()
 
-    def fail(job: Job, outcome: object) -> None:
+    def fail(outcomes: object) -> None:
         raise RuntimeError("the caller's own trouble")
 
     broken = answers.job("broken")

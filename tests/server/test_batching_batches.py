@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lossgrad_server.batching.admission import Admission, AdmissionLimits
-from lossgrad_server.batching.forming import BatchLimits, ClosedBy, form_batch
+from lossgrad_server.batching.forming import Batch, BatchLimits, ClosedBy, InOrder, form_batch
 from lossgrad_server.batching.job import Job
+from lossgrad_server.batching.schedule import Pace
 from lossgrad_server.errors import Cancelled, Code, DeadlinePassed, Reason, RequestError, Unavailable
 from tests.server.batching import PLENTY, Answers
 
@@ -24,13 +25,18 @@ def waiting(*sizes: int) -> deque[Job]:
     return deque(answers.job(str(number), size) for number, size in enumerate(sizes))
 
 
+def batch_of(jobs: deque[Job], limits: BatchLimits) -> Batch:
+    """Return the next batch of jobs that came together, of a device whose pace is not known."""
+    return form_batch(InOrder(jobs), limits, Pace())
+
+
 def names(jobs: deque[Job] | list[Job]) -> list[str]:
     return [job.item.header.decode() for job in jobs]
 
 
 def test_a_batch_takes_all_that_waits_in_order() -> None:
     jobs = waiting(*[3] * 20)
-    batch = form_batch(jobs, BatchLimits(256, PLENTY, PLENTY))
+    batch = batch_of(jobs, BatchLimits(256, PLENTY, PLENTY))
     assert names(batch.jobs) == [str(number) for number in range(20)]
     assert not jobs
     assert (batch.element_count, batch.byte_count, batch.closed_by) == (60, 60 * JOB_BYTES, ClosedBy.IDLE)
@@ -54,7 +60,7 @@ def test_a_cap_closes_a_batch_and_the_rest_waits_for_the_next(
     limits: BatchLimits, taken: int, closed_by: ClosedBy
 ) -> None:
     jobs = waiting(*[10] * 5)
-    batch = form_batch(jobs, limits)
+    batch = batch_of(jobs, limits)
     assert names(batch.jobs) == [str(number) for number in range(taken)]
     assert names(jobs) == [str(number) for number in range(taken, 5)]
     assert batch.closed_by == closed_by
@@ -63,13 +69,13 @@ def test_a_cap_closes_a_batch_and_the_rest_waits_for_the_next(
 def test_a_job_over_a_cap_is_computed_alone_and_does_not_pull_small_ones_into_its_batch() -> None:
     jobs = waiting(1, 1000, 1)
     limits = BatchLimits(256, 100, PLENTY)
-    batches = [form_batch(jobs, limits) for _ in range(3)]
+    batches = [batch_of(jobs, limits) for _ in range(3)]
     assert [names(batch.jobs) for batch in batches] == [["0"], ["1"], ["2"]]
     assert [batch.closed_by for batch in batches] == [ClosedBy.MAX_ELEMENTS, ClosedBy.ALONE, ClosedBy.IDLE]
 
 
 def test_empty_jobs_fill_a_batch_by_their_number_only() -> None:
-    batch = form_batch(waiting(*[0] * 10), BatchLimits(8, 1, 1))
+    batch = batch_of(waiting(*[0] * 10), BatchLimits(8, 1, 1))
     assert (len(batch.jobs), batch.closed_by) == (8, ClosedBy.MAX_REQUESTS)
 
 
@@ -82,7 +88,7 @@ def test_jobs_that_nobody_waits_for_are_dropped_and_take_no_room() -> None:
     both = answers.job("both", 10, deadline=now - 1)
     both.cancelled = True
     jobs = deque([late, answers.job("good", 10, deadline=now + 3600), gone, answers.job("other", 10), both])
-    batch = form_batch(jobs, BatchLimits(2, 20, PLENTY))
+    batch = batch_of(jobs, BatchLimits(2, 20, PLENTY))
     assert names(batch.jobs) == ["good", "other"]
     assert batch.closed_by == ClosedBy.IDLE
     dropped = {job.item.header.decode(): error for job, error in batch.dropped}
@@ -95,7 +101,7 @@ def test_jobs_that_nobody_waits_for_are_dropped_and_take_no_room() -> None:
 def test_the_pick_is_timed_for_every_job_of_a_batch() -> None:
     jobs = waiting(1, 1)
     before = time.perf_counter_ns()
-    batch = form_batch(jobs, BatchLimits(256, PLENTY, PLENTY))
+    batch = batch_of(jobs, BatchLimits(256, PLENTY, PLENTY))
     assert all(before <= job.picked_ns <= time.perf_counter_ns() for job in batch.jobs)
 
 
@@ -117,7 +123,7 @@ def test_every_job_leaves_the_queue_once_in_order_and_within_the_caps(
     computed: list[str] = []
     dropped: list[str] = []
     while queue:
-        batch = form_batch(queue, BatchLimits(requests, elements, byte_count))
+        batch = batch_of(queue, BatchLimits(requests, elements, byte_count))
         assert batch.jobs or batch.dropped  # it always comes on
         assert len(batch.jobs) <= requests
         if len(batch.jobs) > 1:

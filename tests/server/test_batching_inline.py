@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from lossgrad_server.batching.batcher import Batcher
+from lossgrad_server.batching.job import Job, Outcome
 from lossgrad_server.errors import DeadlinePassed, InternalError
 from tests.server.batching import PATIENCE_SECONDS, Answers, FakeWorker, Observed, batcher
 
@@ -127,3 +128,20 @@ def test_many_threads_that_submit_little_work_get_every_answer_once(
         thread.join()
     assert all(len(outcomes) == 1 for outcomes in answers.outcomes.values())
     assert one.admitted_requests == 0
+
+
+def test_the_jobs_of_a_batch_with_one_receiver_are_handed_back_together(
+    worker: InlineWorker, answers: Answers, start: Start
+) -> None:
+    one = start(batcher(worker))
+    handed_back: list[list[str]] = []
+
+    def on_done(outcomes: list[tuple[Job, Outcome]]) -> None:
+        handed_back.append([job.item.header.decode() for job, _ in outcomes])
+
+    a, b, c, d = (answers.job(name) for name in "abcd")
+    for job in (a, b, d):
+        job.on_done = on_done
+    assert one.submit([a, b, c, d]) == []
+    assert handed_back == [["a", "b"], ["d"]]
+    assert answers.order == ["c"]

@@ -124,7 +124,7 @@ def test_a_small_job_behind_a_large_one_waits_for_one_piece_only(answers: Answer
     assert answers.order == ["a", "b", "large"]
     assert worker.log == ["submit large", "piece of large", "submit a b", "piece of large", "piece of large"]
     assert [batch.closed_by for batch in observer.batches] == ["idle", "alone"]
-    assert answers.computed("large").batch_request_count == 1
+    assert answers.computed("large").batch.request_count == 1
 
 
 def test_large_jobs_run_one_after_another_and_small_ones_cannot_starve_them(answers: Answers, start: Start) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import NoReturn
 
 from lossgrad_server.batching.job import Job
 from lossgrad_server.errors import Reason, Unavailable
@@ -34,14 +35,15 @@ class Admission:
 
     def admit(self, job: Job) -> None:
         """Count a job in, or raise Unavailable. When nothing is inside, any job is admitted, however large."""
+        size = self.bytes + job.byte_count
         if self.requests and self.requests >= self.limits.requests:
-            self._refuse(
+            self.refuse(
                 Reason.QUEUE_FULL,
                 f"the server holds {self.requests} requests, its limit is {self.limits.requests}; "
                 "try again shortly, or send fewer at a time",
             )
-        if self.requests and self.bytes + job.byte_count > self.limits.bytes:
-            self._refuse(
+        if self.requests and size > self.limits.bytes:
+            self.refuse(
                 Reason.QUEUE_BYTES_FULL,
                 f"this request needs {job.byte_count} bytes, {self.bytes} of the server's {self.limits.bytes} "
                 "are taken; try again shortly, or send fewer or smaller tensors at a time",
@@ -49,14 +51,15 @@ class Admission:
         self._is_refusing = False
         self.requests += 1
         self.total += 1
-        self.bytes += job.byte_count
+        self.bytes = size
 
     def release(self, job: Job) -> None:
         """Count a job out."""
         self.requests -= 1
         self.bytes -= job.byte_count
 
-    def _refuse(self, reason: Reason, message: str) -> None:
+    def refuse(self, reason: Reason, message: str) -> NoReturn:
+        """Raise Unavailable."""
         if not self._is_refusing:  # a change of state is logged, the refusals that follow are counted by metrics
             logger.warning("Refusing requests (%s): %s requests, %s bytes inside", reason, self.requests, self.bytes)
             self._is_refusing = True

@@ -15,23 +15,33 @@ under way, and the batcher waits for the oldest only when there is nothing to su
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from lossgrad_server.batching.admission import Admission, AdmissionLimits
-from lossgrad_server.batching.forming import Batch, BatchLimits, ClosedBy
-from lossgrad_server.batching.job import Computed, Job
+from lossgrad_server.batching.forming import Batch, BatchLimits, ClosedBy, InOrder, form_batch
+from lossgrad_server.batching.job import BatchFacts, Computed, Job, Outcome
+from lossgrad_server.batching.outcomes import failure_of, hand_back
+from lossgrad_server.batching.schedule import Schedule
 from lossgrad_server.batching.waiting import WaitingJobs
-from lossgrad_server.errors import Code, InternalError, Reason, RequestError, TooLarge, Unavailable
-from lossgrad_server.work import BatchResult, DeviceWorker, FailureKind, Pending, WorkFailure
+from lossgrad_server.errors import DeadlinePassed, InternalError, Reason, RequestError, Unavailable
+from lossgrad_server.work import BatchResult, DeviceWorker, Pending, WorkFailure
 
 logger = logging.getLogger(__name__)
 
-Outcome = Computed | RequestError
+# How long after its deadline a job that is being computed is given up for its caller. Most are done in that time.
+LATE_SECONDS: Final = 0.1
+
+_LATE: Final = (
+    "this request's deadline passed while the device was computing it; allow more time, or send fewer or smaller requests "
+    "at a time"
+)
 
 
 class BatchObserver(Protocol):
@@ -44,14 +54,16 @@ class BatchObserver(Protocol):
 class _Run:
     """A batch under way."""
 
-    __slots__ = ("batch", "is_large", "pending", "started_ns")
+    __slots__ = ("batch", "is_large", "number", "pending", "started_ns")
 
     pending: Pending
+    _numbers = itertools.count(1)
 
     def __init__(self, batch: Batch, started_ns: int, is_large: bool) -> None:
         self.batch = batch
         self.started_ns = started_ns
         self.is_large = is_large
+        self.number = next(self._numbers)
 
 
 class Batcher:
@@ -75,7 +87,11 @@ class Batcher:
         self._lock = threading.Lock()
         # Held by whoever uses the worker: its thread, except while that sleeps, or a submitter that computes inline.
         self._device = threading.Lock()
-        self._waiting = WaitingJobs(batch_limits)
+        self._schedule = Schedule()
+        self._batch_limits = batch_limits
+        self._waiting = WaitingJobs(batch_limits, self._schedule)
+        self._begun: list[_Run] = []  # by the worker's thread, which may be inside the worker with the last
+        self._is_any_late = False
         self._on_lost = on_lost
         self._is_lost = False
         # Rung only when the worker's thread sleeps: a put and a wake-up cost 40 us, a look at a flag nothing.
@@ -117,6 +133,13 @@ class Batcher:
         with self._lock:
             return self._waiting.byte_count
 
+    @property
+    def oldest_wait_seconds(self) -> float:
+        """How long the job that has waited longest has waited. 0 where none waits."""
+        with self._lock:
+            oldest_ns = self._waiting.oldest_ns
+        return 0.0 if oldest_ns is None else (time.perf_counter_ns() - oldest_ns) * 1e-9
+
     def start(self) -> None:
         """Start the worker's thread; it warms up first. `wait_until_warm` tells when it is done."""
         self._thread.start()
@@ -132,6 +155,8 @@ class Batcher:
         refused: list[tuple[Job, RequestError]] = []
         now_ns = time.perf_counter_ns()
         with self._lock:
+            may_be_inline = self._is_asleep and not self._waiting
+            admitted: deque[Job] = deque()
             for job in jobs:
                 try:
                     if self._is_stopping:
@@ -140,13 +165,19 @@ class Batcher:
                             reason=Reason.DRAINING,
                             retry_after_seconds=0.0,
                         )
+                    is_large = self._worker.is_large(job.plan)
+                    if job.deadline is not None and not may_be_inline:
+                        self._refuse_if_late(job, job.deadline, is_large)
                     self._admission.admit(job)
                 except RequestError as error:
                     refused.append((job, error))
                 else:
                     job.queued_ns = now_ns
-                    self._waiting.add(job, is_large=self._worker.is_large(job.plan))
-            inline = self._take_inline(jobs)
+                    may_be_inline = may_be_inline and not is_large
+                    admitted.append(job)
+            inline = self._take_inline(admitted) if may_be_inline else None
+            for job in admitted:  # what is left
+                self._waiting.add(job, is_large=self._worker.is_large(job.plan))
             must_ring = inline is None and self._is_asleep and len(self._waiting) > 0
             if must_ring:
                 self._is_asleep = False
@@ -156,20 +187,46 @@ class Batcher:
             self._run_inline(inline)
         return refused
 
-    def _take_inline(self, jobs: Sequence[Job]) -> Batch | None:
-        """Take what waits, if the device is free and it is little: computing it at once is then the shortest way."""
-        if not self._is_asleep or not self._worker.inline_work:
+    def _refuse_if_late(self, job: Job, deadline: float, is_large: bool) -> None:
+        """Refuse a job that would only be dropped when its turn comes: its caller can try elsewhere at once."""
+        left = deadline - time.monotonic()
+        seconds = self._waiting.seconds_until_done(job, is_large=is_large)
+        if seconds > left > 0:
+            self._admission.refuse(
+                Reason.PREDICTED_LATE,
+                f"this request's deadline is {left * 1e3:.0f} ms away, and with what waits before it its answer would take "
+                f"about {seconds * 1e3:.0f} ms; allow more time, or try again when less is waiting",
+            )
+
+    def _take_inline(self, jobs: deque[Job]) -> Batch | None:
+        """Take jobs from the left, if the device is free and they are little: computing them at once is the shortest way."""
+        if not jobs or sum([job.plan.work for job in jobs]) > self._worker.inline_work:
             return None
-        if sum(job.plan.element_count * len(job.plan.specs) for job in jobs) > self._worker.inline_work:
+        if not self._device.acquire(blocking=False):
             return None
-        if len(self._waiting) > len(jobs) or not self._device.acquire(blocking=False):
-            return None
-        batch = self._waiting.take_small()
-        if batch is None:
-            self._device.release()
-        elif batch.closed_by is ClosedBy.IDLE:
+        batch = form_batch(InOrder(jobs), self._batch_limits, self._schedule.small)
+        if batch.closed_by is ClosedBy.IDLE:
             batch.closed_by = ClosedBy.INLINE
         return batch
+
+    def expire(self) -> None:
+        """Hand back what is late: waiting jobs whose deadline has passed, and running ones that passed it a while ago.
+
+        To be called every now and then, by the thread that outcomes are posted to, so that nobody is answered much later
+        than they wait, however long the device takes.
+        """
+        now = time.monotonic()
+        with self._lock:
+            overdue = self._waiting.take_overdue(now)
+            late: list[tuple[Job, Outcome]] = []
+            for run in list(self._begun):
+                for job in run.batch.jobs:
+                    if job.deadline is not None and now > job.deadline + LATE_SECONDS and not job.is_answered:
+                        job.is_answered = self._is_any_late = True
+                        late.append((job, DeadlinePassed(_LATE)))
+        if overdue:
+            self._deliver([*overdue])
+        hand_back(late)
 
     def _run_inline(self, batch: Batch) -> None:
         try:
@@ -178,8 +235,7 @@ class Batcher:
                 outcomes += self._compute(_Run(batch, time.perf_counter_ns(), is_large=False))
         finally:
             self._device.release()
-        self._release(outcomes)
-        _hand_back(outcomes)
+        hand_back(self._release(outcomes))
         with self._lock:
             must_ring = self._is_asleep and len(self._waiting) > 0
             if must_ring:
@@ -268,6 +324,8 @@ class Batcher:
         if not batch.jobs:
             return
         run = _Run(batch, time.perf_counter_ns(), is_large)
+        self._schedule.begin(batch.work, is_large=is_large)
+        self._begun.append(run)
         try:
             run.pending = self._worker.submit([job.item for job in batch.jobs])
         except Exception as error:
@@ -294,21 +352,26 @@ class Batcher:
             self._finish(under_way.pop(0))
 
     def _finish(self, run: _Run) -> None:
-        self._deliver(self._result(run))
+        outcomes = self._result(run)
+        self._begun.remove(run)
+        self._deliver(outcomes)
 
     def _result(self, run: _Run) -> list[tuple[Job, Outcome]]:
         try:
             result = run.pending.result()
-            outcomes = self._outcomes(run.batch, result)
+            outcomes = self._outcomes(run, result)
         except Exception as error:
             return self._failed(run, error)
-        self._observer.batch_done(run.batch, result, time.perf_counter_ns() - run.started_ns)
+        busy_ns = time.perf_counter_ns() - run.started_ns
+        self._schedule.done(run.batch.work, busy_ns * 1e-9, is_large=run.is_large)
+        self._observer.batch_done(run.batch, result, busy_ns)
         if self._worker.is_lost and not self._is_lost:
             self._is_lost = True
             self._post(self._on_lost)
         return outcomes
 
     def _fail(self, run: _Run, error: Exception) -> None:
+        self._begun.remove(run)
         self._deliver(self._failed(run, error))
 
     def _failed(self, run: _Run, error: Exception) -> list[tuple[Job, Outcome]]:
@@ -316,48 +379,31 @@ class Batcher:
         logger.error("The worker of %s failed %s jobs", self._worker.device, len(run.batch.jobs), exc_info=error)
         return [(job, InternalError()) for job in run.batch.jobs]
 
-    def _outcomes(self, batch: Batch, result: BatchResult) -> list[tuple[Job, Outcome]]:
-        outcomes: list[tuple[Job, Outcome]] = []
-        for job, outcome in zip(batch.jobs, result.outcomes, strict=True):
-            if isinstance(outcome, WorkFailure):
-                outcomes.append((job, _failure(outcome)))
-            else:
-                computed = Computed(
-                    result=outcome,
-                    queue_ns=job.picked_ns - job.queued_ns,
-                    pack_ns=result.pack_ns,
-                    compute_ns=result.compute_ns,
-                    unpack_ns=result.unpack_ns,
-                    batch_request_count=len(batch.jobs),
-                    batch_element_count=batch.element_count,
-                )
-                outcomes.append((job, computed))
-        return outcomes
+    def _outcomes(self, run: _Run, result: BatchResult) -> list[tuple[Job, Outcome]]:
+        batch = run.batch
+        facts = BatchFacts(
+            result.pack_ns, result.compute_ns, result.unpack_ns, len(batch.jobs), batch.element_count, run.number
+        )
+        return [
+            (
+                job,
+                failure_of(outcome)
+                if isinstance(outcome, WorkFailure)
+                else Computed(outcome, job.picked_ns - job.queued_ns, facts),
+            )
+            for job, outcome in zip(batch.jobs, result.outcomes, strict=True)
+        ]
 
     def _deliver(self, outcomes: list[tuple[Job, Outcome]]) -> None:
         if outcomes:
-            self._release(outcomes)
-            self._post(lambda: _hand_back(outcomes))
+            unanswered = self._release(outcomes)
+            self._post(lambda: hand_back(unanswered))
 
-    def _release(self, outcomes: list[tuple[Job, Outcome]]) -> None:
+    def _release(self, outcomes: list[tuple[Job, Outcome]]) -> list[tuple[Job, Outcome]]:
+        """Count jobs out; return those that `expire` has not answered meanwhile."""
         with self._lock:
             for job, _ in outcomes:
                 self._admission.release(job)
-
-
-def _hand_back(outcomes: list[tuple[Job, Outcome]]) -> None:
-    for job, outcome in outcomes:
-        try:
-            job.on_done(job, outcome)
-        except Exception:  # one caller's trouble must not cost the others their answers
-            logger.exception("Handing back a job failed")
-
-
-def _failure(failure: WorkFailure) -> RequestError:
-    if failure.kind == FailureKind.OUT_OF_MEMORY:
-        return TooLarge(failure.message, reason=Reason.OUT_OF_DEVICE_MEMORY)
-    if failure.kind == FailureKind.DEVICE_LOST:
-        return RequestError(
-            failure.message, code=Code.UNAVAILABLE, reason=Reason.DEVICE_FAILED, retry_after_seconds=1.0
-        )
-    return InternalError()
+            if self._is_any_late:
+                outcomes = [(job, outcome) for job, outcome in outcomes if not job.is_answered]
+        return outcomes

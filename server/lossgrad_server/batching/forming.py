@@ -6,8 +6,11 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 from lossgrad_server.batching.job import Job
+from lossgrad_server.batching.line import work_of
+from lossgrad_server.batching.schedule import Pace
 from lossgrad_server.errors import Cancelled, DeadlinePassed, RequestError
 
 
@@ -39,66 +42,114 @@ class Batch:
     dropped: list[tuple[Job, RequestError]] = field(default_factory=list)
     element_count: int = 0
     byte_count: int = 0
+    work: int = 0  # the sum of `work_of`
     closed_by: ClosedBy = ClosedBy.IDLE
 
 
-def form_batch(waiting: deque[Job], limits: BatchLimits) -> Batch:
-    """Take the next batch's jobs from the left of `waiting`. Expired and cancelled ones are dropped, not computed."""
+class Waiting(Protocol):
+    """Jobs in the order in which they are to be taken."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    @property
+    def first(self) -> Job:
+        """The next."""
+
+    def popleft(self) -> Job:
+        """Take the next."""
+
+
+class InOrder:
+    """Jobs that came together, to be taken in their order."""
+
+    __slots__ = ("_jobs",)
+
+    def __init__(self, jobs: deque[Job]) -> None:
+        self._jobs = jobs
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._jobs)
+
+    @property
+    def first(self) -> Job:
+        """The next."""
+        return self._jobs[0]
+
+    def popleft(self) -> Job:
+        """Take the next."""
+        return self._jobs.popleft()
+
+
+def form_batch(waiting: Waiting, limits: BatchLimits, pace: Pace) -> Batch:
+    """Take the next batch's jobs. Cancelled ones, and those that cannot be done in time, are dropped, not computed."""
     batch = Batch()
     now = time.monotonic()
     now_ns = time.perf_counter_ns()
+    jobs = batch.jobs
+    elements = size = 0
     while waiting:
-        job = waiting[0]
-        if (error := _reason_to_drop(job, now)) is not None:
-            batch.dropped.append((waiting.popleft(), error))
-            continue
-        elements = batch.element_count + job.plan.element_count
-        size = batch.byte_count + job.byte_count
-        if batch.jobs and (closed_by := _cap_reached(limits, len(batch.jobs), elements, size)) is not None:
-            batch.closed_by = closed_by
+        job = waiting.first
+        # Asked here first, because a call for each of thousands of jobs a second costs more than the question.
+        if job.cancelled or job.deadline is not None:
+            # A job is answered with its batch, so all that is in there counts.
+            error = reason_to_drop(job, now, pace.seconds(batch.work + work_of(job)))
+            if error is not None:
+                batch.dropped.append((waiting.popleft(), error))
+                continue
+        elements += job.plan.element_count
+        size += job.byte_count
+        if jobs and (elements > limits.elements or size > limits.bytes or len(jobs) >= limits.requests):
+            batch.closed_by = _cap_reached(limits, len(jobs), elements)
             break
         job.picked_ns = now_ns
-        batch.jobs.append(waiting.popleft())
+        jobs.append(waiting.popleft())
         batch.element_count = elements
         batch.byte_count = size
-        if len(batch.jobs) == 1 and (elements >= limits.elements or size >= limits.bytes):
+        batch.work += work_of(job)
+        if len(jobs) == 1 and (elements >= limits.elements or size >= limits.bytes):
             batch.closed_by = ClosedBy.ALONE
             break
     return batch
 
 
-def take_alone(waiting: deque[Job]) -> Batch:
-    """Take one job from the left of `waiting` as a batch of its own. Expired and cancelled ones are dropped."""
+def take_alone(waiting: Waiting, pace: Pace) -> Batch:
+    """Take one job as a batch of its own. Cancelled ones, and those that cannot be done in time, are dropped."""
     batch = Batch(closed_by=ClosedBy.ALONE)
     while waiting and not batch.jobs:
         job = waiting.popleft()
-        if (error := _reason_to_drop(job, time.monotonic())) is not None:
+        if (error := reason_to_drop(job, time.monotonic(), pace.seconds(work_of(job)))) is not None:
             batch.dropped.append((job, error))
         else:
             job.picked_ns = time.perf_counter_ns()
             batch.jobs.append(job)
             batch.element_count = job.plan.element_count
             batch.byte_count = job.byte_count
+            batch.work = work_of(job)
     return batch
 
 
-def _cap_reached(limits: BatchLimits, requests: int, elements: int, size: int) -> ClosedBy | None:
+def _cap_reached(limits: BatchLimits, requests: int, elements: int) -> ClosedBy:
     if requests >= limits.requests:
         return ClosedBy.MAX_REQUESTS
-    if elements > limits.elements:
-        return ClosedBy.MAX_ELEMENTS
-    if size > limits.bytes:
-        return ClosedBy.MAX_BYTES
-    return None
+    return ClosedBy.MAX_ELEMENTS if elements > limits.elements else ClosedBy.MAX_BYTES
 
 
-def _reason_to_drop(job: Job, now: float) -> RequestError | None:
+def reason_to_drop(job: Job, now: float, service_seconds: float = 0.0) -> RequestError | None:
+    """Return why a job that would now take `service_seconds` is not computed; None if it is."""
     # First: a transport cancels the calls whose deadline passes, and late is what they are counted as.
     if job.deadline is not None and now >= job.deadline:
         late_ms = (now - job.deadline) * 1e3
         return DeadlinePassed(
             f"this request's deadline passed {late_ms:.1f} ms before the device was free for it; "
             "allow more time, or send fewer requests at a time"
+        )
+    if job.deadline is not None and now + service_seconds > job.deadline:
+        left_ms = (job.deadline - now) * 1e3
+        return DeadlinePassed(
+            f"this request's deadline was {left_ms:.1f} ms away when the device was free for it, and computing its batch "
+            f"takes about {service_seconds * 1e3:.1f} ms; allow more time, or send fewer requests at a time"
         )
     if job.cancelled:
         return Cancelled("the caller cancelled this request while it waited")

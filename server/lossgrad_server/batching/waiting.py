@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections import deque
-
-from lossgrad_server.batching.forming import Batch, BatchLimits, form_batch, take_alone
+from lossgrad_server.batching.forming import Batch, BatchLimits, form_batch, reason_to_drop, take_alone
 from lossgrad_server.batching.job import Job
+from lossgrad_server.batching.line import Line, work_of
+from lossgrad_server.batching.schedule import Schedule
+from lossgrad_server.errors import RequestError
 
 
 class WaitingJobs:
     """Not thread-safe: the batcher calls it under its lock."""
 
-    def __init__(self, limits: BatchLimits) -> None:
+    def __init__(self, limits: BatchLimits, schedule: Schedule) -> None:
         self._limits = limits
-        self._small: deque[Job] = deque()
-        self._large: deque[Job] = deque()
+        self._schedule = schedule
+        self._small = Line()
+        self._large = Line()
 
     def __len__(self) -> int:
         """Return how many jobs wait."""
@@ -25,21 +27,43 @@ class WaitingJobs:
         """The bytes of tensor data of all that wait, their answers included."""
         return sum(job.byte_count for line in (self._small, self._large) for job in line)
 
+    @property
+    def oldest_ns(self) -> int | None:
+        """When the job that has waited longest was queued, on time.perf_counter_ns's clock; None where none waits."""
+        return min((job.queued_ns for line in (self._small, self._large) for job in line), default=None)
+
+    def seconds_until_done(self, job: Job, *, is_large: bool) -> float:
+        """Return in how many seconds a job that came now would be done."""
+        small = self._small.work_before(job)
+        if is_large:
+            return self._schedule.seconds_until_done(small, self._large.work_before(job) + work_of(job))
+        return self._schedule.seconds_until_done(small + work_of(job), 0)
+
     def add(self, job: Job, *, is_large: bool) -> None:
         """Let a job wait."""
         (self._large if is_large else self._small).append(job)
 
     def take_all(self) -> list[Job]:
         """Take every job."""
-        jobs = [*self._small, *self._large]
-        self._small.clear()
-        self._large.clear()
-        return jobs
+        return self._small.take(_is_any) + self._large.take(_is_any)
+
+    def take_overdue(self, now: float) -> list[tuple[Job, RequestError]]:
+        """Take the jobs whose deadline has passed or whose caller has gone, each with why."""
+        taken = [job for line in (self._small, self._large) for job in line.take(lambda job: _is_overdue(job, now))]
+        return [(job, error) for job in taken if (error := reason_to_drop(job, now)) is not None]
 
     def take_small(self) -> Batch | None:
         """Take the next batch of small jobs; None if none waits."""
-        return form_batch(self._small, self._limits) if self._small else None
+        return form_batch(self._small, self._limits, self._schedule.small) if self._small else None
 
     def take_large(self) -> Batch | None:
         """Take the next large job, as a batch of its own; None if none waits."""
-        return take_alone(self._large) if self._large else None
+        return take_alone(self._large, self._schedule.large) if self._large else None
+
+
+def _is_any(_: Job) -> bool:
+    return True
+
+
+def _is_overdue(job: Job, now: float) -> bool:
+    return job.cancelled or (job.deadline is not None and now >= job.deadline)

@@ -1,9 +1,8 @@
-"""A block of elements: from its differences to its losses and gradients, added to the lanes of its sums.
+"""A block of differences: the loops for weights and for float64. And all loops by their numbers, and how they are called.
 
-The formula is that of cpu_formulas.py. These are the loops that must be fast. The compiler turns all of them into vector
-instructions, and none of them leaves it a choice that could change a bit: no reassociation, no contraction, the lanes of
-the sums laid out by hand. `plain` loops do the common work and no more; the `full` ones do all there is: weights, and
-losses and gradients as float64, from where they are then stored in any type.
+The formula is that of cpu_formulas.py; cpu_singles.py has the loops for float32 without weights. None of them leaves the
+compiler a choice that could change a bit: no reassociation, no contraction, the lanes of the sums laid out by hand. The
+`full` loops do all there is: weights, and losses and gradients as float64, from where they are then stored in any type.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import float64
 
 from lossgrad_server.engine.cpu_intrinsics import LOOP_SIGNATURE, array_at, call_loop, fused_multiply_add
 from lossgrad_server.engine.cpu_layout import (
@@ -21,6 +19,7 @@ from lossgrad_server.engine.cpu_layout import (
     Loop,
 )
 from lossgrad_server.engine.cpu_native import inlined, native
+from lossgrad_server.engine.cpu_singles import SINGLES
 from lossgrad_server.engine.cpu_sums import two_sum
 from lossgrad_server.engine.cpu_vectors import (
     STREAM_ALIGNMENT,
@@ -28,16 +27,12 @@ from lossgrad_server.engine.cpu_vectors import (
     absolute,
     add,
     clamped,
-    difference_float64x8,
     fused,
     inside_or_edge,
-    load_float32x8,
     load_float64x8,
     multiply,
     splat,
-    store_as_float32x8,
     store_float64x8,
-    stream_as_float32x8,
     stream_float64x8,
     subtract,
 )
@@ -50,95 +45,6 @@ def clamp(value: Any, limit: Any) -> Any:
     """Return the value, but at most `limit` and at least `-limit`; NaN stays NaN."""
     upper = limit if value > limit else value
     return -limit if upper < -limit else upper
-
-
-@inlined
-def _add_float32(total: Any, j: Any, arrays: Any, limit: Any, factor: Any, inverse_divisor: Any, is_pair: Any,
-                 has_gradient: Any, has_loss: Any) -> Any:  # fmt: skip
-    """Compute one element and return `total` plus its loss. The flags are constants once this is inlined."""
-    first, second, gradients, losses = arrays
-    d = float64(first[j] - second[j]) if is_pair else float64(first[j])
-    p = clamp(d, limit)
-    if has_gradient:
-        gradients[j] = p * factor
-    rest = fused_multiply_add(-0.5, p, d)
-    if has_loss:
-        losses[j] = abs(p * rest) * inverse_divisor
-    return fused_multiply_add(p, rest, total)
-
-
-@inlined
-def _add_float32x8(total: Any, place: Any, addresses: Any, vectors: Any, flags: Any) -> Any:
-    """Do what `_add_float32` does, for the eight elements from `place` on."""
-    is_pair, gradient_bytes, has_loss, streams = flags
-    first, second, gradients, losses = addresses
-    limit, minus_limit, minus_half, factor, inverse_divisor = vectors
-    if is_pair:
-        d = difference_float64x8(load_float32x8(first + 4 * place), load_float32x8(second + 4 * place))
-    else:
-        d = load_float64x8(first + 8 * place)
-    p = clamped(d, limit, minus_limit)
-    if gradient_bytes == 8:
-        store_float64x8(gradients + 8 * place, multiply(p, factor))
-    elif gradient_bytes == 4:
-        if streams:
-            stream_as_float32x8(gradients + 4 * place, multiply(p, factor))
-        else:
-            store_as_float32x8(gradients + 4 * place, multiply(p, factor))
-    rest = fused(minus_half, p, d)
-    if has_loss:
-        store_as_float32x8(losses + 4 * place, multiply(absolute(multiply(p, rest)), inverse_divisor))
-    return fused(p, rest, total)
-
-
-def _float32_loop(
-    name: str, *, is_pair: bool = False, gradient: Any = None, has_loss: bool = False, streams: bool = False
-) -> Any:
-    """Make a loop for differences in float32, computed with and summed in float64.
-
-    `is_pair`: it subtracts two float32 arrays itself, and writes losses as they are, in float32; otherwise the first
-    array holds the differences, as float64. `gradient` is the type that it writes gradients in, if it does. `streams`:
-    it writes them past the caches, where they lie as that needs it.
-    """
-    has_gradient = gradient is not None
-    source_type = np.float32 if is_pair else np.float64
-    gradient_type = gradient or np.float64
-    gradient_bytes = np.dtype(gradient).itemsize if has_gradient else 0
-
-    @native(LOOP_SIGNATURE, name)
-    def loop(count: int, first: int, second: int, _weights: int, _scales: int, gradients: int, losses: int, lanes: int,
-             _lost: int, record: int, factor: float, _edge: float) -> int:  # fmt: skip
-        limit, inverse_divisor = array_at(record, 1, SPEC)[0].limit, array_at(record, 1, SPEC)[0].inverse_divisor
-        addresses = (first, second, gradients, losses)
-        vectors = (splat(limit), splat(-limit), splat(-0.5), splat(factor), splat(inverse_divisor))
-        sum0, sum1 = load_float64x8(lanes), load_float64x8(lanes + _VECTOR)
-        sum2, sum3 = load_float64x8(lanes + 2 * _VECTOR), load_float64x8(lanes + 3 * _VECTOR)
-        whole = count // LANES * LANES
-        is_streaming = streams and gradients % STREAM_ALIGNMENT == 0
-        flags = (is_pair, gradient_bytes, has_loss, is_streaming)
-        for i in range(0, whole, LANES):
-            sum0 = _add_float32x8(sum0, i, addresses, vectors, flags)
-            sum1 = _add_float32x8(sum1, i + WIDTH, addresses, vectors, flags)
-            sum2 = _add_float32x8(sum2, i + 2 * WIDTH, addresses, vectors, flags)
-            sum3 = _add_float32x8(sum3, i + 3 * WIDTH, addresses, vectors, flags)
-        store_float64x8(lanes, sum0)
-        store_float64x8(lanes + _VECTOR, sum1)
-        store_float64x8(lanes + 2 * _VECTOR, sum2)
-        store_float64x8(lanes + 3 * _VECTOR, sum3)
-        arrays = (
-            array_at(first, count, source_type),
-            array_at(second, count, source_type),
-            array_at(gradients, count, gradient_type),
-            array_at(losses, count, np.float32),
-        )
-        sums = array_at(lanes, LANES, np.float64)
-        for i in range(whole, count):
-            sums[i - whole] = _add_float32(
-                sums[i - whole], i, arrays, limit, factor, inverse_divisor, is_pair, has_gradient, has_loss
-            )
-        return 0
-
-    return loop
 
 
 @inlined
@@ -283,24 +189,15 @@ def _float64_loop(name: str, *, has_gradient: bool = False, is_full: bool = Fals
 
 
 _LOOP_COUNT = len(Loop)
-
+_LOOPS = SINGLES | {
+    Loop.FULL: _full_loop,
+    Loop.FLOAT64_PLAIN: _float64_loop("float64_plain"),
+    Loop.FLOAT64_GRADIENT: _float64_loop("float64_gradient", has_gradient=True),
+    Loop.FLOAT64_STREAMED_GRADIENT: _float64_loop("float64_streamed_gradient", has_gradient=True, streams=True),
+    Loop.FLOAT64_FULL: _float64_loop("float64_full", has_gradient=True, is_full=True),
+}
 # By their number in cpu_layout.Loop.
-LOOPS = (
-    _float32_loop("pair", is_pair=True),
-    _float32_loop("pair_gradient", is_pair=True, gradient=np.float32),
-    _float32_loop("pair_loss", is_pair=True, has_loss=True),
-    _float32_loop("pair_loss_gradient", is_pair=True, gradient=np.float32, has_loss=True),
-    _float32_loop("plain"),
-    _float32_loop("plain_gradient", gradient=np.float32),
-    _float32_loop("plain_wide_gradient", gradient=np.float64),
-    _full_loop,
-    _float64_loop("float64_plain"),
-    _float64_loop("float64_gradient", has_gradient=True),
-    _float64_loop("float64_full", has_gradient=True, is_full=True),
-    _float32_loop("pair_streamed_gradient", is_pair=True, gradient=np.float32, streams=True),
-    _float32_loop("plain_streamed_gradient", gradient=np.float32, streams=True),
-    _float64_loop("float64_streamed_gradient", has_gradient=True, streams=True),
-)
+LOOPS = tuple(_LOOPS[loop] for loop in Loop)
 
 
 @inlined

@@ -19,7 +19,6 @@ from lossgrad_server.engine.cpu_layout import (
     INPUT,
     LANES,
     RUNNING_WORDS,
-    SCRATCH_DIFFERENCE,
     SCRATCH_GRADIENT,
     SCRATCH_LOSS,
     SCRATCH_RUNS,
@@ -49,6 +48,7 @@ from lossgrad_server.engine.cpu_sums import (
     fold_runs,
 )
 from lossgrad_server.engine.cpu_tables import (
+    differences_of,
     frame_at,
     job_of,
     lanes_of,
@@ -89,7 +89,7 @@ def compute_gradients(address: int, index: int, count: int, is_finite: int) -> i
     spec = spec_of(frame, index)
     own = spec_state(frame, index)
     factor = own[SPEC_FACTOR]
-    differences = frame.scratch + SCRATCH_DIFFERENCE
+    differences = differences_of(frame, spec)
     lanes = frame.scratch + SCRATCH_SPARE
     lost = lanes + 8 * LANES
     clear(lanes, lost, count)
@@ -120,7 +120,7 @@ def add_rows(address: int, operand: int, start: int, length: int, rows: int, wid
         clear_all(lanes, lost, used * width)
     for row in range(0, rows, together):
         count = min(together, rows - row) * width
-        is_finite = load_block(address, job.divides_rows, start + row * length, count)
+        is_finite = load_block(address, job.divides_rows, 0, start + row * length, count)
         for index in range(job.spec_count):
             if _summed_output(spec_of(frame, index), operand) >= 0:
                 compute_gradients(address, index, count, is_finite)
@@ -148,7 +148,7 @@ def add_columns(address: int, operand: int, start: int, length: int, rows: int, 
                 clear(lanes_of(frame, index), lost_of(frame, index), rows)
         for row in range(0, rows, BLOCK):
             count = run_count * min(BLOCK, rows - row)
-            is_finite = load_block(address, job.divides_rows, start + first * length + row, count)
+            is_finite = load_block(address, job.divides_rows, 0, start + first * length + row, count)
             for index in range(job.spec_count):
                 if _summed_output(spec_of(frame, index), operand) >= 0:
                     compute_gradients(address, index, count, is_finite)

@@ -24,22 +24,28 @@ BLOCK: Final = 512
 
 
 class Loop(IntEnum):
-    """The loops of cpu_blocks.py. Those of a `pair` subtract two float32 operands themselves."""
+    """The loops of cpu_singles.py and cpu_blocks.py. Those of a pair and of half types subtract the operands themselves."""
 
     PAIR = 0
     PAIR_GRADIENT = 1
     PAIR_LOSS = 2
     PAIR_LOSS_GRADIENT = 3
-    PLAIN = 4
-    PLAIN_GRADIENT = 5
-    PLAIN_WIDE_GRADIENT = 6
-    FULL = 7
-    FLOAT64_PLAIN = 8
-    FLOAT64_GRADIENT = 9
-    FLOAT64_FULL = 10
-    PAIR_STREAMED_GRADIENT = 11
-    PLAIN_STREAMED_GRADIENT = 12
-    FLOAT64_STREAMED_GRADIENT = 13
+    PAIR_STREAMED_GRADIENT = 4
+    FLOAT16 = 5
+    FLOAT16_GRADIENT = 6
+    BFLOAT16 = 7
+    BFLOAT16_GRADIENT = 8
+    PLAIN = 9
+    PLAIN_GRADIENT = 10
+    PLAIN_STREAMED_GRADIENT = 11
+    PLAIN_WIDE_GRADIENT = 12
+    PAIR_TOGETHER = 13
+    TOGETHER = 14
+    FULL = 15
+    FLOAT64_PLAIN = 16
+    FLOAT64_GRADIENT = 17
+    FLOAT64_STREAMED_GRADIENT = 18
+    FLOAT64_FULL = 19
 
 
 class Walk(IntEnum):
@@ -70,7 +76,10 @@ JOB: Final = np.dtype(
         ("element_count", _word),
         ("is_float64", _word),  # what is computed in: float64, or float32 for everything else
         ("is_weighted", _word),  # whether blocks need weights
-        ("is_pair", _word),  # whether its loop is one for a pair
+        ("is_pair", _word),  # whether its loops subtract two operands themselves
+        ("is_narrow", _word),  # whether blocks need differences in float32 only
+        ("together_count", _word),  # the TOGETHER records, and where they are from the program's start
+        ("together_offset", _word),
         ("streams", _word),  # whether that loop writes past the caches
         ("pair_type", _word),  # the type of both input and target where they are of one type and shape, otherwise 0
         ("spec_count", _word),
@@ -135,6 +144,9 @@ SPEC: Final = np.dtype(
         ("summed_target_gradient_output", _word),
     ]
 )
+# Specs without gradients that a loop computes together: an L1, an MSE, and two others with their limits; where there is
+# none, the spec is -1 and the limit 0.
+TOGETHER: Final = np.dtype([("specs", _word, (4,)), ("limits", np.float64, (2,))])
 OUTPUT: Final = np.dtype([("data_type", _word), ("byte_count", _word), ("offset", _word)])
 # The result's shape, outermost dimension first, with dimensions made one wherever that changes no operand's order, and
 # by how many elements each operand moves along each of them: 0 where it is broadcast.
@@ -170,9 +182,9 @@ FRAME: Final = np.dtype(
     [(name, _word) for name in ("program", "operands", "outputs", "results", "state", "scratch", "loops")]
 )
 
-# Gradients of this size are written past the caches: they do not stay there in any case, and a cache would first read
-# what is to be overwritten. Measured: 10 million float32 elements take 0.33 ns each, and 0.45 through the caches.
-STREAMED_BYTES: Final = 1 << 23
+# Outputs of this size are written past the caches: they do not stay there in any case, and a cache would first read what is
+# to be overwritten. Measured, medians: 4 MB take 0.24 ns an element and 0.27 through the caches, 6 MB 0.29 and 0.44.
+STREAMED_BYTES: Final = 1 << 22
 
 # Outputs start on cache lines.
 OUTPUT_ALIGNMENT: Final = 64
@@ -204,8 +216,10 @@ SCRATCH_LOST: Final = SCRATCH_LANES + MAX_SPECS * 8 * LANES
 SCRATCH_SPECIAL: Final = SCRATCH_LOST + MAX_SPECS * 8 * LANES
 # Lanes, and what they lost, of a sum that only tells whether all is finite.
 SCRATCH_SPARE: Final = SCRATCH_SPECIAL + 64
+# Differences in float32.
+SCRATCH_SINGLES: Final = SCRATCH_SPARE + 2 * 8 * LANES
 # Each spec's lanes of the least and of the greatest losses.
-SCRATCH_EXTREMES: Final = SCRATCH_SPARE + 2 * 8 * LANES
+SCRATCH_EXTREMES: Final = SCRATCH_SINGLES + 4 * BLOCK
 SCRATCH_BYTES: Final = SCRATCH_EXTREMES + MAX_SPECS * 2 * 8 * LANES
 
 # A job's state: words of 8 bytes, float64 all of them. First the two totals, then for each spec what it needs for the

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import float64
 
 from lossgrad_server.engine.cpu_floats import (
     BFLOAT16,
@@ -29,6 +28,7 @@ from lossgrad_server.engine.cpu_layout import (
     SCRATCH_MASK,
     SCRATCH_OFFSETS,
     SCRATCH_SCALE,
+    SCRATCH_SINGLES,
     SCRATCH_TARGET,
     SCRATCH_WEIGHT,
     TARGET,
@@ -169,51 +169,62 @@ def load_mask(address: int, start: int, count: int) -> int:
 
 
 @native("int64(int64, int64, int64)")
-def load_differences(address: int, start: int, count: int) -> int:
-    """Bring input - target of `count` elements, from `start` on, as float64; 0 where masked. After `load_mask`."""
+def load_singles(address: int, start: int, count: int) -> int:
+    """Bring input - target of `count` elements, from `start` on, as float32; 0 where masked. After `load_mask`."""
     frame = frame_at(address)
     job = job_of(frame)
-    differences = array_at(frame.scratch + SCRATCH_DIFFERENCE, count, np.float64)
+    differences = array_at(frame.scratch + SCRATCH_SINGLES, count, np.float32)
     addresses = array_at(frame.operands, 4, np.int64)
     first, second = addresses[INPUT], addresses[TARGET]
-    if job.pair_type == FLOAT32:
-        x = array_at(first + 4 * start, count, np.float32)
-        y = array_at(second + 4 * start, count, np.float32)
-        for j in range(count):
-            differences[j] = float64(x[j] - y[j])
-    elif job.pair_type == FLOAT64:
-        p = array_at(first + 8 * start, count, np.float64)
-        q = array_at(second + 8 * start, count, np.float64)
-        for j in range(count):
-            differences[j] = p[j] - q[j]
-    elif job.pair_type == BFLOAT16:
+    if job.pair_type == BFLOAT16:
         u = array_at(first + 2 * start, count, np.uint16)
         v = array_at(second + 2 * start, count, np.uint16)
         for j in range(count):
-            differences[j] = float64(bfloat16_value(u[j]) - bfloat16_value(v[j]))
+            differences[j] = bfloat16_value(u[j]) - bfloat16_value(v[j])
     elif job.pair_type == FLOAT16:
         u = array_at(first + 2 * start, count, np.uint16)
         v = array_at(second + 2 * start, count, np.uint16)
         for j in range(count):
-            differences[j] = float64(float16_value(u[j]) - float16_value(v[j]))
-    elif job.is_float64:
-        p = array_at(frame.scratch + SCRATCH_INPUT, count, np.float64)
-        q = array_at(frame.scratch + SCRATCH_TARGET, count, np.float64)
-        load_operand(address, INPUT, start, count, 0, frame.scratch + SCRATCH_INPUT)
-        load_operand(address, TARGET, start, count, 0, frame.scratch + SCRATCH_TARGET)
-        for j in range(count):
-            differences[j] = p[j] - q[j]
+            differences[j] = float16_value(u[j]) - float16_value(v[j])
     else:
-        x = array_at(frame.scratch + SCRATCH_INPUT, count, np.float32)
-        y = array_at(frame.scratch + SCRATCH_TARGET, count, np.float32)
-        load_operand(address, INPUT, start, count, 1, frame.scratch + SCRATCH_INPUT)
-        load_operand(address, TARGET, start, count, 1, frame.scratch + SCRATCH_TARGET)
+        if job.pair_type == FLOAT32:
+            first += 4 * start
+            second += 4 * start
+        else:
+            first, second = frame.scratch + SCRATCH_INPUT, frame.scratch + SCRATCH_TARGET
+            load_operand(address, INPUT, start, count, 1, first)
+            load_operand(address, TARGET, start, count, 1, second)
+        x = array_at(first, count, np.float32)
+        y = array_at(second, count, np.float32)
         for j in range(count):
-            differences[j] = float64(x[j] - y[j])
+            differences[j] = x[j] - y[j]
     if job.types[MASK] != 0:
         mask = array_at(frame.scratch + SCRATCH_MASK, count, np.uint8)
         for j in range(count):
             # Selected away, not multiplied by 0: a NaN behind the mask stays behind it.
+            differences[j] = differences[j] if mask[j] != 0 else np.float32(0.0)
+    return 0
+
+
+@native("int64(int64, int64, int64)")
+def load_doubles(address: int, start: int, count: int) -> int:
+    """Do what `load_singles` does for a job that is computed in float64."""
+    frame = frame_at(address)
+    job = job_of(frame)
+    differences = array_at(frame.scratch + SCRATCH_DIFFERENCE, count, np.float64)
+    addresses = array_at(frame.operands, 4, np.int64)
+    first, second = addresses[INPUT] + 8 * start, addresses[TARGET] + 8 * start
+    if job.pair_type != FLOAT64:
+        first, second = frame.scratch + SCRATCH_INPUT, frame.scratch + SCRATCH_TARGET
+        load_operand(address, INPUT, start, count, 0, first)
+        load_operand(address, TARGET, start, count, 0, second)
+    x = array_at(first, count, np.float64)
+    y = array_at(second, count, np.float64)
+    for j in range(count):
+        differences[j] = x[j] - y[j]
+    if job.types[MASK] != 0:
+        mask = array_at(frame.scratch + SCRATCH_MASK, count, np.uint8)
+        for j in range(count):
             differences[j] = differences[j] if mask[j] != 0 else 0.0
     return 0
 
@@ -267,16 +278,26 @@ def load_scales(address: int, start: int, count: int) -> int:
     return 1 if infinite == 0 else 0
 
 
-@native("int64(int64, int64, int64, int64)")
-def load_block(address: int, is_rows: int, start: int, count: int) -> int:
+@native("int64(int64, int64, int64, int64, int64)")
+def load_block(address: int, is_rows: int, is_narrow: int, start: int, count: int) -> int:
     """Bring a block: mask, differences, and what the job needs of weights. Returns 1 if the weights are of use.
 
-    They are not where a sample's own weights make the gradient's weights infinite or NaN.
+    They are not where a sample's own weights make the gradient's weights infinite or NaN. Differences in float32 are
+    brought as float64 too, unless `is_narrow`.
     """
-    job = job_of(frame_at(address))
+    frame = frame_at(address)
+    job = job_of(frame)
     if job.types[MASK] != 0:
         load_mask(address, start, count)
-    load_differences(address, start, count)
+    if job.is_float64:
+        load_doubles(address, start, count)
+    else:
+        load_singles(address, start, count)
+        if not is_narrow:
+            narrow = array_at(frame.scratch + SCRATCH_SINGLES, count, np.float32)
+            wide = array_at(frame.scratch + SCRATCH_DIFFERENCE, count, np.float64)
+            for j in range(count):
+                wide[j] = narrow[j]
     if job.is_weighted:
         load_weights(address, start, count)
         if is_rows and job.divides_rows:

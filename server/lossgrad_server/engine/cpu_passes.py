@@ -19,20 +19,26 @@ from lossgrad_server.engine.cpu_intrinsics import array_at
 from lossgrad_server.engine.cpu_layout import (
     BLOCK,
     CHUNK,
+    INPUT,
+    LANES,
     MASK,
-    SCRATCH_DIFFERENCE,
     SCRATCH_GRADIENT,
+    SCRATCH_INDICES,
     SCRATCH_LOSS,
     SCRATCH_RUNS,
     SCRATCH_RUNS_LOST,
     SCRATCH_SCALE,
+    SCRATCH_SINGLES,
+    SCRATCH_SPARE,
     SCRATCH_SPECIAL,
     SCRATCH_WEIGHT,
     SHORT_ROW,
     SPEC_DIVISOR,
     SPEC_EDGE,
     SPEC_FACTOR,
+    TOGETHER,
     WEIGHT,
+    Loop,
 )
 from lossgrad_server.engine.cpu_load import load_block, load_mask, load_weights
 from lossgrad_server.engine.cpu_native import inlined, native
@@ -47,6 +53,7 @@ from lossgrad_server.engine.cpu_sums import (
     fold_runs,
 )
 from lossgrad_server.engine.cpu_tables import (
+    differences_of,
     frame_at,
     job_of,
     lanes_of,
@@ -58,9 +65,12 @@ from lossgrad_server.engine.cpu_tables import (
     state_of,
 )
 from lossgrad_server.engine.cpu_vectors import fence
-from lossgrad_server.jobs import Reduction
+from lossgrad_server.jobs import DataType, Reduction
 
 _NONE = int(Reduction.NONE)
+_ITEM_SIZES = (0, *(data_type.itemsize for data_type in DataType))
+_PAIR_TOGETHER, _TOGETHER = int(Loop.PAIR_TOGETHER), int(Loop.TOGETHER)
+_TOGETHER_BYTES = TOGETHER.itemsize
 
 
 @inlined
@@ -144,6 +154,37 @@ def store(frame: Any, job: Any, index: Any, start: Any, count: Any, sign: Any, v
     store_run(output.data_type, frame.outputs + output.offset, start, count, sign, values)
 
 
+@inlined
+def _operands(frame: Any, job: Any, start: Any, size: Any, differences: Any) -> Any:
+    """Return the addresses of what a loop reads: of two operands' elements of `size` bytes, or of differences, twice."""
+    if job.is_pair:
+        addresses = array_at(frame.operands, 2, np.int64)
+        return addresses[0] + size * start, addresses[1] + size * start
+    return differences, differences
+
+
+@native("int64(int64, int64, int64)")
+def run_together(address: int, start: int, count: int) -> int:
+    """Compute a block of specs that are computed together."""
+    frame = frame_at(address)
+    job = job_of(frame)
+    first, second = _operands(frame, job, start, 4, frame.scratch + SCRATCH_SINGLES)
+    spare = frame.scratch + SCRATCH_SPARE
+    loop = _PAIR_TOGETHER if job.is_pair else _TOGETHER
+    for index in range(job.together_count):
+        record = frame.program + job.together_offset + index * _TOGETHER_BYTES
+        specs = array_at(record, 1, TOGETHER)[0].specs
+        lanes = array_at(frame.scratch + SCRATCH_INDICES, 4, np.int64)
+        clear(spare, spare, LANES)
+        for place in range(4):
+            lanes[place] = lanes_of(frame, specs[place]) if specs[place] >= 0 else spare
+        run_loop(
+            frame, loop, count, first, second, SCRATCH_SCALE, spare, spare, frame.scratch + SCRATCH_INDICES,
+            spare + 8 * LANES, record, 0.0, 0.0,
+        )  # fmt: skip
+    return 0
+
+
 @native("int64(int64, int64, int64, int64)")
 def run_block(address: int, index: int, start: int, count: int) -> int:
     """Compute a block of one spec. What the loop leaves in scratch memory is not stored yet."""
@@ -151,15 +192,10 @@ def run_block(address: int, index: int, start: int, count: int) -> int:
     job = job_of(frame)
     spec = spec_of(frame, index)
     own = spec_state(frame, index)
-    first = frame.scratch + SCRATCH_DIFFERENCE
-    second = first
-    if job.is_pair:
-        addresses = array_at(frame.operands, 2, np.int64)
-        first = addresses[0] + 4 * start
-        second = addresses[1] + 4 * start
+    size = _ITEM_SIZES[job.types[INPUT]]
+    first, second = _operands(frame, job, start, size, differences_of(frame, spec))
     gradients = frame.scratch + SCRATCH_GRADIENT
     if spec.direct_gradient_output >= 0 and not spec.is_full:
-        size = 8 if job.is_float64 else 4
         gradients = frame.outputs + output_of(frame, job, spec.direct_gradient_output).offset + start * size
     losses = frame.scratch + SCRATCH_LOSS
     if job.is_pair and spec.reduction == _NONE:
@@ -231,7 +267,7 @@ def recompute_chunk(
 
 @inlined
 def _load_for_recompute(address: Any, is_rows: Any, start: Any, count: Any) -> None:
-    load_block(address, is_rows, start, count)
+    load_block(address, is_rows, 0, start, count)
     if not job_of(frame_at(address)).is_weighted:
         load_weights(address, start, count)
 
@@ -291,7 +327,7 @@ def walk_short_rows(address: int, unit: int) -> int:
     for row in range(first_row, last_row, together):
         row_count = min(together, last_row - row)
         start, count = row * length, row_count * length
-        is_finite = load_block(address, 1, start, count)
+        is_finite = load_block(address, 1, 0, start, count)
         for index in range(job.spec_count):
             spec = spec_of(frame, index)
             if spec.is_per_sample:
@@ -330,8 +366,12 @@ def walk(address: int, is_rows: int, begin: int, end: int) -> int:
         for offset in range(0, length, step):
             count = min(step, length - offset)
             if not job.is_pair:
-                is_finite &= load_block(address, is_rows, start + offset, count)
-            for index in range(job.spec_count):
+                is_finite &= load_block(address, is_rows, job.is_narrow, start + offset, count)
+            if job.together_count > 0:
+                run_together(address, start + offset, count)
+                if job.extreme_planes != 0:
+                    add_extremes(address, 0, count)
+            for index in range(job.spec_count if job.together_count == 0 else 0):
                 spec = spec_of(frame, index)
                 if spec.is_per_sample == is_rows:
                     run_block(address, index, start + offset, count)

@@ -8,9 +8,10 @@ from time import perf_counter_ns
 from typing import Final
 
 from lossgrad_server.engine.cpu_layout import CHUNK, Walk
-from lossgrad_server.engine.cpu_memory import Arena, output_memory
+from lossgrad_server.engine.cpu_memory import Arena
 from lossgrad_server.engine.cpu_program import Program
-from lossgrad_server.work import BatchResult, Buffer, WorkFailure, WorkResult
+from lossgrad_server.engine.placement import JobOutputs
+from lossgrad_server.work import BatchResult, WorkFailure, WorkItem, WorkResult
 
 # Walks whose units are samples of which only the sums are touched.
 _SAMPLE_WALKS: Final = (Walk.DIVIDE_ROWS, Walk.FINISH_ROWS)
@@ -27,7 +28,7 @@ class Pieces:
         arena: Arena,
         pool: ThreadPoolExecutor | None,
         program: Program,
-        operands: tuple[Buffer, ...],
+        item: WorkItem,
         piece_work: int,
     ) -> None:
         """OperandMismatch if the operands are not what the program says, MemoryError if there is no room for the answer.
@@ -37,8 +38,8 @@ class Pieces:
         self._arena = arena
         self._pool = pool
         self._program = program
-        self._outputs = output_memory(program.output_bytes)
-        self._job = arena.open_job(program, [*operands, self._outputs])
+        self._outputs = JobOutputs(program, item)
+        self._job = arena.open_job(self._outputs.program, [*item.operands, self._outputs.memory])
         self._units_per_piece = max(1, piece_work // (CHUNK * program.spec_count))
         self._left = self._pieces()
 
@@ -53,8 +54,7 @@ class Pieces:
     def result(self) -> WorkResult:
         """Return the answer, and give back the memory that computing it took."""
         self._arena.close_job(self._job)
-        outputs = tuple([self._outputs[begin:end] for begin, end in self._program.output_spans])
-        return self._program.result(self._job.scalars, outputs)
+        return self._program.result(self._job.scalars, self._outputs.parts)
 
     def _pieces(self) -> Iterator[tuple[Walk, int, int]]:
         for walk, unit_count in self._program.walks:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lossgrad_server.engine.cpu_formulas import factors
+from lossgrad_server.engine.cpu_formulas import FAR, NEAR, factors
 from lossgrad_server.engine.cpu_layout import (
     BLOCK,
     CHUNK,
@@ -28,6 +28,7 @@ from lossgrad_server.engine.cpu_layout import (
     STREAMED_LOOPS,
     SUM,
     TARGET,
+    TOGETHER,
     Loop,
     Walk,
 )
@@ -78,18 +79,20 @@ def program_of(header: bytes) -> Program:
     specs = _specs(plan)
     job["is_weighted"] = specs["is_full"].any()
     job["streams"] = np.isin(specs["loop"], STREAMED_LOOPS).any()
+    job["is_narrow"] = not (job["is_float64"] or specs["is_full"].any() or _summed(plan) or plan.wants_totals)
     tables = specs.tobytes() + outputs.tobytes()
+    if _are_together(plan):
+        records = _together(specs)
+        job["together_count"], job["together_offset"] = len(records), JOB.itemsize + len(tables)
+        tables += records.tobytes()
     if any(_is_broadcast(plan, operand) for operand in plan.operands):
         job["layout_offset"] = JOB.itemsize + len(tables)
         tables += _layout(plan).tobytes()
     sums: dict[int, Any] = {}
-    sends_gradient = any(spec.include_gradient for spec in plan.specs)
-    for operand, tensor in ((INPUT, plan.input), (TARGET, plan.target)):
-        is_sent = sends_gradient and (operand == INPUT or plan.sends_target_gradient)
-        if is_sent and _is_broadcast(plan, tensor):
-            job["sum_offsets"][operand] = JOB.itemsize + len(tables)
-            sums[operand] = _sum(plan, tensor)
-            tables += sums[operand].tobytes()
+    for operand, tensor in _summed(plan):
+        job["sum_offsets"][operand] = JOB.itemsize + len(tables)
+        sums[operand] = _sum(plan, tensor)
+        tables += sums[operand].tobytes()
     _set_units(job, plan, sums)
     job["program_bytes"] = JOB.itemsize + len(tables)
     job["output_bytes"] = offset
@@ -108,6 +111,33 @@ def program_of(header: bytes) -> Program:
         work=plan.element_count * len(plan.specs),
         walks=tuple((which, int(job["units"][which])) for which in Walk if job["units"][which]),
     )
+
+
+def _summed(plan: JobPlan) -> list[tuple[int, TensorPlan]]:
+    """Return the operands whose gradients are sent and must be summed back to their shape."""
+    if not any(spec.include_gradient for spec in plan.specs):
+        return []
+    operands = [(INPUT, plan.input)] + ([(TARGET, plan.target)] if plan.sends_target_gradient else [])
+    return [(operand, tensor) for operand, tensor in operands if _is_broadcast(plan, tensor)]
+
+
+def _together(specs: Any) -> Any:
+    """Return the TOGETHER records of a job's specs."""
+    absolutes, squares, others = [], [], []
+    for index, record in enumerate(specs):
+        if record["limit"] == NEAR:
+            absolutes.append(index)
+        elif record["limit"] == FAR and record["divisor"] == 0.5:
+            squares.append(index)
+        else:
+            others.append(index)
+    records = np.zeros(max(len(absolutes), len(squares), -(-len(others) // 2)), TOGETHER)
+    records["specs"] = -1
+    for place, indices in ((0, absolutes), (1, squares), (2, others[::2]), (3, others[1::2])):
+        records["specs"][: len(indices), place] = indices
+        if place > 1:
+            records["limits"][: len(indices), place - 2] = specs["limit"][indices]
+    return records
 
 
 def _job(plan: JobPlan) -> Any:
@@ -192,14 +222,14 @@ def _specs(plan: JobPlan) -> Any:
         record["direct_gradient_output"] = -1
         computed_in = DataType.FLOAT64 if is_float64 else DataType.FLOAT32
         has_target = record["target_gradient_output"] >= 0
-        if record["input_gradient_output"] >= 0 and not has_target and plan.input.data_type == computed_in:
+        is_written_so = is_pair or plan.input.data_type == computed_in
+        if record["input_gradient_output"] >= 0 and not has_target and is_written_so:
             record["direct_gradient_output"] = record["input_gradient_output"]
             record["input_gradient_output"] = -1
         record["is_per_sample"] = spec.reduction.is_per_sample
         record["divides_rows"] = _divides_rows(plan, spec)
-        is_short = spec.reduction.is_per_sample and math.prod(plan.result_shape[1:]) <= SHORT_ROW
         is_full = (
-            is_short
+            _is_short(plan, spec)
             or plan.weight is not None
             or (spec.reduction.is_per_sample and _any_divides_rows(plan))
             or (spec.reduction == Reduction.NONE and not is_pair)
@@ -211,7 +241,7 @@ def _specs(plan: JobPlan) -> Any:
         record["stores"] = in_scratch or (is_full and is_direct) or (has_loss and not is_pair)
         record["loop"] = _loop(
             is_float64=is_float64,
-            is_pair=is_pair,
+            pair_type=plan.input.data_type if is_pair else None,
             is_full=is_full,
             has_loss=has_loss,
             has_gradient=is_direct or in_scratch,
@@ -228,14 +258,18 @@ def _specs(plan: JobPlan) -> Any:
 def _loop(
     *,
     is_float64: bool,
-    is_pair: bool,
+    pair_type: DataType | None,
     is_full: bool,
     has_loss: bool,
     has_gradient: bool,
     is_direct: bool,
     is_beyond_caches: bool,
 ) -> Loop:
-    if is_pair:
+    if pair_type == DataType.FLOAT16:
+        return Loop.FLOAT16_GRADIENT if has_gradient else Loop.FLOAT16
+    if pair_type == DataType.BFLOAT16:
+        return Loop.BFLOAT16_GRADIENT if has_gradient else Loop.BFLOAT16
+    if pair_type is not None:
         if has_loss:
             return Loop.PAIR_LOSS_GRADIENT if has_gradient else Loop.PAIR_LOSS
         if has_gradient:
@@ -257,25 +291,46 @@ def _loop(
 
 
 def _is_pair(plan: JobPlan) -> bool:
-    """Return whether a loop reads the operands itself: one spec, and two float32 tensors with nothing between them.
+    """Return whether the loops read the operands themselves: two tensors of a type with nothing between them, one spec.
 
-    Totals need differences in scratch memory, too.
+    Or several that are computed together. Totals need differences in scratch memory.
     """
+    if plan.wants_totals or plan.input != plan.target or plan.result_type == DataType.FLOAT64 or _has_weights(plan):
+        return False
+    if _are_together(plan):
+        return plan.input.data_type == DataType.FLOAT32
     (spec, *others) = plan.specs
-    return (
-        not others
-        and not plan.wants_totals
-        and plan.input == plan.target
-        and plan.input.data_type == DataType.FLOAT32
-        and plan.weight is None
-        and plan.mask is None
-        and not (spec.reduction.is_per_sample and math.prod(plan.result_shape[1:]) <= SHORT_ROW)
+    if others or _is_short(plan, spec):
+        return False
+    return plan.input.data_type == DataType.FLOAT32 or (
+        plan.input.data_type.is_floating_point and spec.reduction != Reduction.NONE
     )
 
 
+def _are_together(plan: JobPlan) -> bool:
+    """Return whether one loop computes several specs: their losses only, in float32, of elements without weights."""
+    first, *others = plan.specs
+    return (
+        bool(others)
+        and plan.result_type != DataType.FLOAT64
+        and not _has_weights(plan)
+        and all(spec.reduction.is_per_sample == first.reduction.is_per_sample for spec in others)
+        and not any(
+            spec.include_gradient or spec.reduction == Reduction.NONE or _is_short(plan, spec) for spec in plan.specs
+        )
+    )
+
+
+def _is_short(plan: JobPlan, spec: SpecPlan) -> bool:
+    return spec.reduction.is_per_sample and math.prod(plan.result_shape[1:]) <= SHORT_ROW
+
+
+def _has_weights(plan: JobPlan) -> bool:
+    return plan.weight is not None or plan.mask is not None
+
+
 def _divides_rows(plan: JobPlan, spec: SpecPlan) -> bool:
-    has_weights = plan.weight is not None or plan.mask is not None
-    return has_weights and spec.reduction == Reduction.SAMPLE_MEAN and spec.denominator is None
+    return _has_weights(plan) and spec.reduction == Reduction.SAMPLE_MEAN and spec.denominator is None
 
 
 def _any_divides_rows(plan: JobPlan) -> bool:

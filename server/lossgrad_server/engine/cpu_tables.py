@@ -12,8 +12,10 @@ from lossgrad_server.engine.cpu_layout import (
     JOB,
     LANES,
     OUTPUT,
+    SCRATCH_DIFFERENCE,
     SCRATCH_LANES,
     SCRATCH_LOST,
+    SCRATCH_SINGLES,
     SPEC,
     SPEC_STATE_WORDS,
     STATE_SPECS,
@@ -76,3 +78,10 @@ def lanes_of(frame: Any, index: Any) -> Any:
 def lost_of(frame: Any, index: Any) -> Any:
     """Return the address of what a spec's lanes lost."""
     return frame.scratch + SCRATCH_LOST + index * 8 * LANES
+
+
+@inlined
+def differences_of(frame: Any, spec: Any) -> Any:
+    """Return the address of the differences that a spec's loop reads, in float32 or float64, where it reads no operands."""
+    is_wide = job_of(frame).is_float64 or spec.is_full
+    return frame.scratch + (SCRATCH_DIFFERENCE if is_wide else SCRATCH_SINGLES)

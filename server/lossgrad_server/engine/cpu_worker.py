@@ -20,6 +20,7 @@ from lossgrad_server.engine.cpu_layout import CHUNK, LANES
 from lossgrad_server.engine.cpu_memory import Arena, OperandMismatch, output_memory
 from lossgrad_server.engine.cpu_pieces import PendingPieces, Pieces
 from lossgrad_server.engine.cpu_program import Program, program_of
+from lossgrad_server.engine.placement import JobOutputs, has_destinations
 from lossgrad_server.errors import InternalError
 from lossgrad_server.jobs import JobPlan, unpack_header
 from lossgrad_server.work import BatchResult, Buffer, Done, FailureKind, Pending, WorkFailure, WorkItem, WorkResult
@@ -139,7 +140,7 @@ class CpuWorker:
 
         Other items may be run between two pieces. Raises what is wrong with the item.
         """
-        return Pieces(self._arena, self._pool, program_of(item.header), item.operands, self._piece_work)
+        return Pieces(self._arena, self._pool, program_of(item.header), item, self._piece_work)
 
     def _run_large(self, item: WorkItem, times: list[int]) -> Outcome:
         started = perf_counter_ns()
@@ -161,6 +162,8 @@ class CpuWorker:
         """Compute items in one call. Where that cannot be done, one by one, so that the culprit fails alone."""
         if not items:
             return []
+        if any(map(has_destinations, items)):
+            return self._run_placed(items, programs, times)
         started = perf_counter_ns()
         output_bytes = work = 0
         buffers: list[Buffer] = []
@@ -192,6 +195,30 @@ class CpuWorker:
         times[1] += computed - packed
         times[2] += perf_counter_ns() - computed
         return outcomes
+
+    def _run_placed(self, items: Sequence[WorkItem], programs: list[Program], times: list[int]) -> list[Outcome]:
+        """Compute items of which some say where outputs are wanted: those by themselves, the others in one call."""
+        outcomes: dict[int, Outcome] = {}
+        others = [index for index, item in enumerate(items) if not has_destinations(item)]
+        computed = self._run_small([items[index] for index in others], [programs[index] for index in others], times)
+        outcomes.update(zip(others, computed, strict=True))
+        for index, (item, program) in enumerate(zip(items, programs, strict=True)):
+            if index in outcomes:
+                continue
+            started = packed = perf_counter_ns()
+            try:
+                if len(item.operands) != program.operand_count:
+                    raise OperandMismatch
+                outputs = JobOutputs(program, item)
+                packed = perf_counter_ns()
+                buffers: list[Buffer] = [*item.operands, outputs.memory]
+                scalars = self._arena.compute([outputs.program], buffers, holding_gil=program.work < _HOLDING_GIL_WORK)
+                outcomes[index] = program.result(scalars, outputs.parts)
+            except Exception as error:
+                outcomes[index] = failure(error, program)
+            times[0] += packed - started
+            times[1] += perf_counter_ns() - packed
+        return [outcomes[index] for index in range(len(items))]
 
 
 def failure(error: Exception, program: Program | None) -> WorkFailure:

@@ -2,48 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
+from typing import Final
 
-from lossgrad_api.codec import Buffer, ResultView, StatsView, WireTensor, encode_compute_response
-from lossgrad_server.batching.job import Computed, Job
-from lossgrad_server.jobs import Role
+from lossgrad_api.codec import EMPTY, Buffer, ResponseForm, ResultForm, StatsView, TensorForm, encode_stats
+from lossgrad_api.raw_bytes import IS_SUPPORTED
+from lossgrad_server.batching.job import Computed
+from lossgrad_server.jobs import unpack_header
+from lossgrad_server.transport.answer_memory import AnswerMemory
 from lossgrad_server.work import SPEC_RESULT
 
+_NONE: Final = bytes(8)
+_NONFINITE_AT: Final = SPEC_RESULT.size - 8
 
-def results(job: Job, computed: Computed) -> list[ResultView]:
-    """Return the job's results, in the order of its specs."""
-    plan = job.plan
-    tensors: dict[tuple[int, Role], WireTensor] = {}
-    for output, data in zip(plan.outputs, computed.result.outputs, strict=True):
-        tensors[output.spec_index, output.role] = WireTensor(output.tensor.data_type, output.tensor.shape, data)
-    find = tensors.get
-    return [
-        ResultView(
-            scalar=scalar if plan.specs[index].reduction.is_scalar else None,
-            tensor=find((index, Role.LOSS)),
-            element_count=element_count,
-            weight_sum=weight_sum,
-            nonfinite_count=nonfinite_count,
-            target_gradient=find((index, Role.TARGET_GRADIENT)),
-            input_gradient=find((index, Role.INPUT_GRADIENT)),
-        )
-        for index, (scalar, element_count, weight_sum, nonfinite_count) in enumerate(
-            SPEC_RESULT.iter_unpack(computed.result.scalars)
-        )
-    ]
+
+@lru_cache(maxsize=4096)
+def response_form(header: bytes, is_placed: bool = False) -> ResponseForm:
+    """Return what writes the answers to requests with the plan that a header holds. Cached: callers repeat themselves.
+
+    Tensors that are placed elsewhere have no bytes in the answer.
+    """
+    plan = unpack_header(header)
+    tensors: list[list[TensorForm]] = [[] for _ in plan.specs]
+    for output in plan.outputs:
+        tensor = output.tensor
+        byte_count = 0 if is_placed else tensor.byte_count
+        tensors[output.spec_index].append(TensorForm(output.role, tensor.data_type, tensor.shape, byte_count))
+    return ResponseForm(
+        ResultForm(spec.reduction.is_scalar, tuple(found)) for spec, found in zip(plan.specs, tensors, strict=True)
+    )
 
 
 def response_parts(
-    computed: Computed, results: Sequence[ResultView], device: str, idempotency_key: str
+    header: bytes, computed: Computed, stats: bytes, idempotency_key: str, *, is_placed: bool = False
 ) -> list[Buffer]:
-    """Return the response as parts to join."""
-    stats = StatsView(
-        queue_ns=computed.queue_ns,
-        pack_ns=computed.pack_ns,
-        compute_ns=computed.compute_ns,
-        unpack_ns=computed.unpack_ns,
-        batch_request_count=computed.batch_request_count,
-        batch_element_count=computed.batch_element_count,
-        device=device,
-    )
-    return encode_compute_response(stats, results, idempotency_key)
+    """Return the response as parts to join. `header` is its plan's, `stats` from `stats_bytes`.
+
+    `is_placed`: the tensors are where the caller wanted them, and the response has none.
+    """
+    result = computed.result
+    outputs = [EMPTY] * len(result.outputs) if is_placed else result.outputs
+    return response_form(header, is_placed).parts(stats, result.scalars, outputs, idempotency_key)
+
+
+def answer_memory(header: bytes) -> AnswerMemory | None:
+    """Return memory for the worker to write the answer to such a request in; None where it is to be joined."""
+    byte_count = response_form(header).in_place_bytes
+    if not byte_count or not IS_SUPPORTED:
+        return None
+    try:
+        return AnswerMemory(byte_count)
+    except MemoryError:  # the worker may find room, or says what is wrong
+        return None
+
+
+def response_head(header: bytes, computed: Computed, stats: bytes, idempotency_key: str) -> bytes:
+    """Return all of the response but its one tensor's data, for `AnswerMemory.finish`."""
+    return response_form(header).head(stats, computed.result.scalars, idempotency_key)
+
+
+def stats_bytes(computed: Computed, device: str) -> bytes:
+    """Return the response's ComputeStats; equal for all jobs of a batch that waited equally long."""
+    return encode_stats(StatsView(computed.queue_ns, *computed.batch[:5], device))
+
+
+def has_nonfinite(computed: Computed) -> bool:
+    """Return whether any loss of any element is NaN or infinite."""
+    scalars = computed.result.scalars
+    if len(scalars) == SPEC_RESULT.size:
+        return scalars[_NONFINITE_AT:] != _NONE
+    return any(scalars[at : at + 8] != _NONE for at in range(_NONFINITE_AT, len(scalars), SPEC_RESULT.size))

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, Final
 
 import grpc
@@ -17,6 +16,7 @@ from lossgrad_server.errors import InternalError, Reason, RequestError, TooLarge
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.transport.call import Method
 from lossgrad_server.transport.status import pushback, to_status
+from lossgrad_server.transport.tokens import TokenGuard, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +27,17 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
 def create_server(
-    methods: Sequence[Method], metrics: Metrics, *, max_message_bytes: int, max_connection_age_seconds: float = 0.0
+    methods: Sequence[Method],
+    metrics: Metrics,
+    *,
+    max_message_bytes: int,
+    max_connection_age_seconds: float = 0.0,
+    tokens: Tokens | None = None,
 ) -> grpc.aio.Server:
-    """Return a server, not yet started, that serves `methods`."""
-    server = grpc.aio.server(options=server_options(max_message_bytes, max_connection_age_seconds))
+    """Return a server, not yet started, that serves `methods`. With `tokens`, calls need one of them."""
+    options = server_options(max_message_bytes, max_connection_age_seconds)
+    guards = [TokenGuard(tokens, on_refused=lambda error: metrics.failed(None, "native", error))] if tokens else []
+    server = grpc.aio.server(options=options, interceptors=guards)
     by_service: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {}
     for method in methods:
         _, service, name = method.name.split("/")
@@ -64,20 +71,28 @@ def server_options(max_message_bytes: int, max_connection_age_seconds: float) ->
 class GrpcCall:
     """`Call` over grpcio's context."""
 
+    __slots__ = ("_context", "_metadata", "deadline", "method")
+
     def __init__(self, method: str, context: Context) -> None:
         self.method = method
         self._context = context
+        self._metadata: Mapping[str, str | bytes] | None = None
+        remaining = context.time_remaining()
+        # When the caller stops waiting, on time.monotonic's clock.
+        self.deadline = None if remaining is None else time.monotonic() + remaining
 
-    @cached_property
+    @property
     def metadata(self) -> Mapping[str, str | bytes]:
         """The caller's metadata."""
-        return dict(self._context.invocation_metadata() or ())
+        if self._metadata is None:
+            self._metadata = dict(self._context.invocation_metadata() or ())
+        return self._metadata
 
-    @cached_property
-    def deadline(self) -> float | None:
-        """When the caller stops waiting, on time.monotonic's clock."""
-        remaining = self._context.time_remaining()
-        return None if remaining is None else time.monotonic() + remaining
+    @property
+    def peer(self) -> str:
+        """Where the call comes from."""
+        peer: str = self._context.peer()
+        return peer
 
 
 def _handler(method: Method, metrics: Metrics, max_message_bytes: int) -> grpc.RpcMethodHandler[Any, Any]:
@@ -91,7 +106,7 @@ def _handler(method: Method, metrics: Metrics, max_message_bytes: int) -> grpc.R
 def _unary(method: Method, metrics: Metrics, max_message_bytes: int) -> Any:
     handler = method.unary
     assert handler is not None  # noqa: S101 - for the type checker
-    watch = RpcWatch(metrics, method.name, "unary")
+    watch = RpcWatch(metrics, method, "unary")
 
     async def serve(request: bytes, context: Context) -> bytes:
         started = watch.started()
@@ -119,7 +134,7 @@ def _unary(method: Method, metrics: Metrics, max_message_bytes: int) -> Any:
 def _stream(method: Method, metrics: Metrics, max_message_bytes: int) -> Any:
     handler = method.stream
     assert handler is not None  # noqa: S101 - for the type checker
-    watch = RpcWatch(metrics, method.name, "bidi_stream")
+    watch = RpcWatch(metrics, method, "bidi_stream")
 
     async def serve(messages: AsyncIterator[bytes], context: Context) -> None:
         async def received() -> AsyncIterator[bytes]:
@@ -152,17 +167,27 @@ def _stream(method: Method, metrics: Metrics, max_message_bytes: int) -> Any:
 class RpcWatch:
     """Counts the RPCs of one method, in the series that go-grpc-prometheus has made known."""
 
-    def __init__(self, metrics: Metrics, method: str, grpc_type: str) -> None:
-        _, service, name = method.split("/")
-        labels = (grpc_type, service, name)
+    def __init__(self, metrics: Metrics, method: Method, grpc_type: str) -> None:
+        self._metrics = metrics
+        _, service, name = method.name.split("/")
+        self._labels = (grpc_type, service, name)
+        self._is_bound = False
+        if not method.is_occasional:
+            self._bind()
+
+    def _bind(self) -> None:
+        metrics, labels = self._metrics, self._labels
         self._started = metrics.grpc_started.labels(*labels)
         self._seconds = metrics.grpc_handling_seconds.labels(*labels)
         self._handled = {code.name: metrics.grpc_handled.labels(*labels, code.name) for code in grpc.StatusCode}
         self.received = metrics.grpc_received.labels(*labels)
         self.sent = metrics.grpc_sent.labels(*labels)
+        self._is_bound = True
 
     def started(self) -> float:
         """Count an RPC in; return when it started, for `handled`."""
+        if not self._is_bound:
+            self._bind()
         self._started.inc()
         return time.perf_counter()
 

@@ -1,6 +1,7 @@
 """One request's way through the server, the same for every method: check, queue, compute, answer, count.
 
-All of it but the computing runs in the event loop's thread.
+All of it but the computing runs in the event loop's thread. What the requests of a message or a batch have in common is
+done once for all of them: taking times, counting, encoding the batch's times.
 """
 
 from __future__ import annotations
@@ -9,28 +10,119 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from functools import partial
+from typing import Any, Final, cast
 
 from lossgrad_api.codec import Buffer
-from lossgrad_server.batching.batcher import Batcher, Outcome
-from lossgrad_server.batching.job import Computed, Job
+from lossgrad_api.raw_bytes import join_without_gil
+from lossgrad_server.batching.batcher import Batcher
+from lossgrad_server.batching.job import BatchFacts, Computed, Job, Outcome
 from lossgrad_server.errors import InternalError, Reason, RequestError, Unavailable
+from lossgrad_server.jobs import JobPlan
 from lossgrad_server.metrics import Metrics
-from lossgrad_server.transport.answers import response_parts, results
+from lossgrad_server.transport.answer_memory import AnswerMemory
+from lossgrad_server.transport.answers import (
+    answer_memory,
+    has_nonfinite,
+    response_head,
+    response_parts,
+    stats_bytes,
+)
 from lossgrad_server.transport.checks import RequestChecker
+from lossgrad_server.transport.shared_tensors import SharedMemoryParts, copy, misplaced
+from lossgrad_server.work import WorkItem
 
 logger = logging.getLogger(__name__)
 
 # Joining more than this takes longer than handing it to a thread, and would hold up every other call meanwhile.
 JOIN_IN_THREAD_BYTES: Final = 256 * 1024
 
+# Answers from this size on are computed in the bytes that are sent, if they hold one tensor. Below it joining costs less.
+IN_PLACE_BYTES: Final = 64 * 1024
+
 Answer = Sequence[Buffer] | RequestError
+# How many bytes are to be copied, and what copies them, in any thread; it may raise RequestError.
+Placing = tuple[int, Callable[[], None]]
 
 
-class PendingRequest:
-    """A request between its check and its answer, which is the parts of a ComputeLossResponse or an error."""
+class PendingRequest(Job):
+    """A request between its check and its answer, which is the parts of a response message or an error.
 
-    __slots__ = ("_api", "_on_answer", "_pipeline", "_started_ns", "idempotency_key", "job")
+    What all protocols share is here; what a computed job looks like on the wire is a subclass's `_encode`.
+    """
+
+    __slots__ = ("_on_answer", "_pipeline", "_started_ns", "api")
+
+    def __init__(
+        self,
+        pipeline: RequestPipeline,
+        plan: JobPlan,
+        item: WorkItem,
+        *,
+        started_ns: int,
+        api: str,
+        deadline: float | None,
+        on_answer: Callable[[Any, Answer], None],
+    ) -> None:
+        """Make a request of what its check established; `started_ns` is when its bytes were there."""
+        super().__init__(plan, item, pipeline.on_done, deadline)
+        self._pipeline = pipeline
+        self.api = api
+        self._on_answer = on_answer
+        self._started_ns = started_ns
+
+    @property
+    def started_ns(self) -> int:
+        """When its bytes were there, on perf_counter_ns's clock."""
+        return self._started_ns
+
+    def _encode(self, computed: Computed) -> Sequence[Buffer]:
+        """Return the parts of the response message. Raises RequestError."""
+        raise NotImplementedError
+
+    def _placing(self, computed: Computed) -> Placing | None:
+        """Return what copies outputs to where they are wanted, before there is an answer; None where nothing does."""
+        return None
+
+    def _failed(self) -> None:
+        """Take note that the answer is an error."""
+
+    def done(self, outcome: Outcome) -> None:
+        """Answer the request, once its outputs are where they are wanted. Called once."""
+        placing = None if isinstance(outcome, RequestError) else self._placing(outcome)
+        if isinstance(outcome, RequestError) or placing is None:
+            self._finish(outcome)
+            return
+        byte_count, place = placing
+        if byte_count <= JOIN_IN_THREAD_BYTES:
+            self._finish(_placed(place, outcome))
+            return
+        copying = asyncio.get_running_loop().run_in_executor(None, _placed, place, outcome)
+        copying.add_done_callback(lambda done: self._finish(done.result()))
+
+    def _finish(self, outcome: Outcome) -> None:
+        answer: Answer
+        if not isinstance(outcome, RequestError):
+            try:
+                answer = self._encode(outcome)
+                self._pipeline.count(self, outcome)
+            except RequestError as error:
+                outcome = error
+            except Exception:
+                # A bug of ours, such as a worker's outputs that are not the plan's. The caller must learn of it.
+                logger.exception("Making an answer failed")
+                outcome = InternalError()
+        if isinstance(outcome, RequestError):
+            self._pipeline.metrics.failed(self.plan, self.api, outcome)
+            self._failed()
+            answer = outcome
+        self._on_answer(self, answer)
+
+
+class PendingComputeLoss(PendingRequest):
+    """A ComputeLossRequest, answered with the parts of a ComputeLossResponse."""
+
+    __slots__ = ("_is_placed", "_memory", "idempotency_key", "tag")
 
     def __init__(
         self,
@@ -38,64 +130,68 @@ class PendingRequest:
         data: bytes,
         start: int,
         end: int | None,
+        *,
         api: str,
         deadline: float | None,
-        on_answer: Callable[[PendingRequest, Answer], None],
+        on_answer: Callable[[PendingComputeLoss, Answer], None],
+        started_ns: int,
+        tag: int,
     ) -> None:
-        self._pipeline = pipeline
-        self._api = api
-        self._on_answer = on_answer
-        self._started_ns = time.perf_counter_ns()
+        """Check `data[start:end]`. Raises RequestError. `tag` is for whoever takes the answer."""
         plan, item, self.idempotency_key = pipeline.checker.check(data, start, end)
-        self.job = Job(plan, item, self._done, deadline)
-        pipeline.metrics.stage("decode", time.perf_counter_ns() - self._started_ns)
+        self.tag = tag
+        # Where the caller wants the tensors, in memory that it shares with the server; otherwise they are in the answer.
+        self._is_placed = bool(item.destinations)
+        self._memory: AnswerMemory | None = None
+        if plan.output_byte_count >= IN_PLACE_BYTES and not self._is_placed:
+            self._memory = answer_memory(item.header)
+            if self._memory is not None:
+                item = WorkItem(item.header, item.operands, (self._memory.data,))
+        super().__init__(pipeline, plan, item, started_ns=started_ns, api=api, deadline=deadline, on_answer=on_answer)
 
-    def refuse(self, error: RequestError) -> None:
-        """Answer with an error instead of queueing."""
-        self._done(self.job, error)
+    def _placing(self, computed: Computed) -> Placing | None:
+        if not self._is_placed:
+            return None
+        copies = misplaced(self.item, computed.result)
+        return sum(len(output) for output, _ in copies), partial(copy, copies)
 
-    def _done(self, job: Job, outcome: Outcome) -> None:
-        answer: Answer
-        if not isinstance(outcome, RequestError):
-            try:
-                answer = self._encode(job, outcome)
-            except Exception:
-                # A bug of ours, such as a worker's outputs that are not the plan's. The caller must learn of it.
-                logger.exception("Making an answer failed")
-                outcome = InternalError()
-        if isinstance(outcome, RequestError):
-            self._pipeline.metrics.failed(job.plan, self._api, outcome)
-            answer = outcome
-        # The job holds this request through `on_done`, and this request the job: a cycle that would keep every request's
-        # bytes until the next full garbage collection.
-        job.on_done = _answered
-        self._on_answer(self, answer)
-
-    def _encode(self, job: Job, computed: Computed) -> Answer:
-        metrics = self._pipeline.metrics
-        encode_ns = time.perf_counter_ns()
-        answer = response_parts(computed, results(job, computed), metrics.device, self.idempotency_key)
-        now_ns = time.perf_counter_ns()
-        metrics.stage("queue", computed.queue_ns)
-        metrics.stage("encode", now_ns - encode_ns)
-        seconds = (now_ns - self._started_ns) * 1e-9
-        metrics.of_request(job.plan, self._api).done(seconds, job.plan.element_count, computed.result)
-        return answer
+    def _encode(self, computed: Computed) -> Sequence[Buffer]:
+        header, stats, key = self.item.header, self._pipeline.stats_of(computed), self.idempotency_key
+        if self._memory is not None and computed.result.outputs[0] is self._memory.data:
+            message = self._memory.finish(response_head(header, computed, stats, key))
+            if message is not None:
+                return [message]
+        return response_parts(header, computed, stats, key, is_placed=self._is_placed)
 
 
-def _answered(job: Job, outcome: Outcome) -> None:
-    """Stand in for the `on_done` of a job that has been answered."""
-    logger.error("A job was handed back twice")
+def _placed(place: Callable[[], None], computed: Computed) -> Outcome:
+    """Copy outputs to where they are wanted; return what became of the job."""
+    try:
+        place()
+    except RequestError as error:
+        return error
+    except Exception:
+        logger.exception("Copying outputs failed")
+        return InternalError()
+    return computed
 
 
 class RequestPipeline:
     """Takes requests' bytes, and sees to it that each is answered exactly once."""
 
-    def __init__(self, batcher: Batcher, metrics: Metrics, max_message_bytes: int) -> None:
+    def __init__(
+        self, batcher: Batcher, metrics: Metrics, max_message_bytes: int, memory: SharedMemoryParts | None = None
+    ) -> None:
+        """`memory` is what the server shares with its callers, if it shares any."""
         self.batcher = batcher
         self.metrics = metrics
-        self.checker = RequestChecker(max_message_bytes)
+        self.checker = RequestChecker(max_message_bytes, memory)
         self.is_warm = False  # set once the worker is; requests before that are told to come back
+        self.on_done = self._done  # the same object for every request: so the batcher hands them back together
+        self._alike: list[_Alike] = []  # answered, and not yet counted
+        self._is_answering = False
+        # The last batch's stats, for requests that waited this long.
+        self._stats: tuple[BatchFacts | None, int, bytes] = (None, 0, b"")
 
     def open(
         self,
@@ -105,36 +201,125 @@ class RequestPipeline:
         *,
         api: str,
         deadline: float | None,
-        on_answer: Callable[[PendingRequest, Answer], None],
-    ) -> PendingRequest:
-        """Check the ComputeLossRequest `data[start:end]`. Raises RequestError; then nothing is pending."""
+        on_answer: Callable[[PendingComputeLoss, Answer], None],
+        started_ns: int = 0,
+        tag: int = 0,
+    ) -> PendingComputeLoss:
+        """Check the ComputeLossRequest `data[start:end]`. Raises RequestError; then nothing is pending.
+
+        `started_ns` is when its bytes were there, on perf_counter_ns's clock: now, unless it is given. `tag` is for whoever
+        takes the answer.
+        """
         try:
-            return PendingRequest(self, data, start, end, api, deadline, on_answer)
+            return PendingComputeLoss(
+                self,
+                data,
+                start,
+                end,
+                api=api,
+                deadline=deadline,
+                on_answer=on_answer,
+                started_ns=started_ns or time.perf_counter_ns(),
+                tag=tag,
+            )
         except RequestError as error:
             self.metrics.failed(None, api, error)
             raise
 
     def submit(self, requests: Sequence[PendingRequest]) -> None:
-        """Queue opened requests. Those that are refused are answered at once."""
-        if not self.is_warm:
-            for request in requests:
-                request.refuse(
-                    Unavailable(
-                        "this server is warming up; try again in a moment",
-                        reason=Reason.WARMING_UP,
-                        retry_after_seconds=0.5,
-                    )
-                )
+        """Queue opened requests whose bytes came together. Those that are refused are answered at once."""
+        if not requests:
             return
-        owners = {request.job: request for request in requests}
-        for job, error in self.batcher.submit(list(owners)):
-            owners[job].refuse(error)
+        count = len(requests)
+        self.metrics.stage("decode", (time.perf_counter_ns() - requests[0].started_ns) / count, count)
+        if self.is_warm:
+            for job, error in self.batcher.submit(requests):
+                cast(PendingRequest, job).done(error)
+            return
+        for request in requests:
+            request.done(
+                Unavailable(
+                    "this server is warming up; try again in a moment",
+                    reason=Reason.WARMING_UP,
+                    retry_after_seconds=0.5,
+                )
+            )
+
+    def stats_of(self, computed: Computed) -> bytes:
+        """Return the ComputeStats of an answer, encoded."""
+        facts, queue_ns, stats = self._stats
+        if computed.batch is not facts or computed.queue_ns != queue_ns:
+            stats = stats_bytes(computed, self.metrics.device)
+            self._stats = computed.batch, computed.queue_ns, stats
+        return stats
+
+    def count(self, request: PendingRequest, computed: Computed) -> None:
+        """Count a request that is answered with numbers; those of one message that come one after another, together."""
+        is_nonfinite = has_nonfinite(computed)
+        alike = self._alike[-1] if self._alike else None
+        if alike is None or not alike.takes(request, computed):
+            alike = _Alike(request, computed)
+            self._alike.append(alike)
+        alike.times += 1
+        alike.nonfinite += is_nonfinite
+        if not self._is_answering:
+            self._count_all(time.perf_counter_ns())
+
+    def _done(self, outcomes: list[tuple[Job, Outcome]]) -> None:
+        begun_ns = time.perf_counter_ns()
+        self._is_answering = True
+        for job, outcome in outcomes:
+            try:
+                cast(PendingRequest, job).done(outcome)
+            except Exception:  # one caller's trouble must not cost the others their answers
+                logger.exception("Handing over an answer failed")
+        self._is_answering = False
+        self._count_all(begun_ns)
+
+    def _count_all(self, begun_ns: int) -> None:
+        """Write what was counted since `begun_ns`, when the first of the answers began to be encoded."""
+        alike, self._alike = self._alike, []
+        if not alike:
+            return
+        metrics = self.metrics
+        now_ns = time.perf_counter_ns()
+        total = sum([one.times for one in alike])
+        metrics.stage("encode", (now_ns - begun_ns) / total, total)
+        for one in alike:
+            metrics.stage("queue", one.queue_ns, one.times)
+            seconds = (now_ns - one.started_ns) * 1e-9
+            metrics.of_request(one.plan, one.api).done(seconds, one.plan.element_count, one.times, one.nonfinite)
+
+
+class _Alike:
+    """Answered requests that are equal in all that metrics tell apart."""
+
+    __slots__ = ("api", "nonfinite", "plan", "queue_ns", "started_ns", "times")
+
+    def __init__(self, request: PendingRequest, computed: Computed) -> None:
+        self.plan = request.plan
+        self.api = request.api
+        self.started_ns = request.started_ns
+        self.queue_ns = computed.queue_ns
+        self.times = self.nonfinite = 0
+
+    def takes(self, request: PendingRequest, computed: Computed) -> bool:
+        """Whether a request is another of these."""
+        return (
+            request.plan is self.plan
+            and request.started_ns == self.started_ns
+            and computed.queue_ns == self.queue_ns
+            and request.api == self.api
+        )
 
 
 async def joined(parts: Sequence[Buffer], api: str, metrics: Metrics) -> bytes:
     """Return a message's parts as one `bytes`: the one copy on the way out."""
+    if len(parts) == 1 and isinstance(parts[0], bytes):
+        metrics.response_bytes.labels(api).observe(len(parts[0]))
+        return parts[0]
     size = sum(map(len, parts))
     metrics.response_bytes.labels(api).observe(size)
     if size <= JOIN_IN_THREAD_BYTES:
         return b"".join(parts)
-    return await asyncio.get_running_loop().run_in_executor(None, b"".join, parts)
+    return await asyncio.get_running_loop().run_in_executor(None, join_without_gil, parts)

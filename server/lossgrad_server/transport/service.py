@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,7 +12,8 @@ from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_server.errors import Code, Reason, RequestError
 from lossgrad_server.jobs import DataType
 from lossgrad_server.transport.call import Call, Method, Send
-from lossgrad_server.transport.pipeline import Answer, PendingRequest, RequestPipeline, joined
+from lossgrad_server.transport.origin import CallOrigin
+from lossgrad_server.transport.pipeline import Answer, PendingComputeLoss, RequestPipeline, joined
 from lossgrad_server.transport.stream import StreamSession
 
 API: Final = "native"
@@ -35,9 +36,16 @@ class ServiceDescription:
 class LossService:
     """Computes losses for callers, through one pipeline."""
 
-    def __init__(self, pipeline: RequestPipeline, description: ServiceDescription) -> None:
+    def __init__(
+        self,
+        pipeline: RequestPipeline,
+        description: ServiceDescription,
+        offer_memory: Callable[[str], tuple[str, int] | None] = lambda _: None,
+    ) -> None:
+        """`offer_memory` returns, for a caller's address, where it gets memory to share and how much; None for nobody."""
         self._pipeline = pipeline
         self._description = description
+        self._offer_memory = offer_memory
         self._info = _info(description).SerializeToString()
 
     def methods(self) -> list[Method]:
@@ -53,18 +61,19 @@ class LossService:
         """Answer a ComputeLossRequest with a ComputeLossResponse."""
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
-        def on_answer(_: PendingRequest, answer: Answer) -> None:
+        def on_answer(_: PendingComputeLoss, answer: Answer) -> None:
             if not answered.done():
                 answered.set_result(answer)
 
         metrics = self._pipeline.metrics
         metrics.request_bytes.labels(API).observe(len(request))
         pending = self._pipeline.open(request, 0, None, api=API, deadline=call.deadline, on_answer=on_answer)
+        pending.origin = CallOrigin(call)
         self._pipeline.submit([pending])
         try:
             answer = await answered
         except asyncio.CancelledError:
-            pending.job.cancelled = True
+            pending.cancelled = True
             raise
         if isinstance(answer, RequestError):
             answer.request_id = pending.idempotency_key
@@ -92,7 +101,12 @@ class LossService:
 
     async def get_server_info(self, request: bytes, call: Call) -> bytes:
         """Answer a GetServerInfoRequest with a GetServerInfoResponse."""
-        return self._info
+        offer = self._offer_memory(call.peer)
+        if offer is None:
+            return self._info
+        socket, max_region_bytes = offer
+        memory = pb.SharedMemoryInfo(socket=socket, max_region_bytes=max_region_bytes)
+        return self._info + pb.GetServerInfoResponse(shared_memory=memory).SerializeToString()  # messages concatenate
 
 
 def _info(description: ServiceDescription) -> pb.GetServerInfoResponse:

@@ -1,7 +1,7 @@
 """StreamComputeLoss: many independent requests on one stream, answered as they are ready, packed into few messages.
 
-A session belongs to one call and runs in the event loop's thread: the reading side opens and queues requests, `on_done`
-callbacks fill the outbox, the writing task empties it. What a stream may have inside is bounded, unsent answers
+A session belongs to one call and runs in the event loop's thread: the reading side opens and queues requests, answers
+fill the outbox as they come, the writing task empties it. What a stream may have inside is bounded, unsent answers
 included; beyond that it is not read from, so that backpressure reaches the caller through HTTP/2's flow control.
 """
 
@@ -16,10 +16,13 @@ from typing import Final
 from google.rpc import status_pb2
 
 from lossgrad_api import codec
+from lossgrad_api.raw_bytes import join_without_gil
+from lossgrad_server.batching.job import ANYONE, Origin
 from lossgrad_server.errors import InvalidRequest, Reason, RequestError
 from lossgrad_server.transport.call import Call, Send
 from lossgrad_server.transport.checks import malformed
-from lossgrad_server.transport.pipeline import JOIN_IN_THREAD_BYTES, Answer, PendingRequest, RequestPipeline
+from lossgrad_server.transport.origin import CallOrigin
+from lossgrad_server.transport.pipeline import JOIN_IN_THREAD_BYTES, Answer, PendingComputeLoss, RequestPipeline
 from lossgrad_server.transport.status import to_status
 
 API: Final = "stream"
@@ -43,16 +46,18 @@ class StreamSession:
         self._max_requests = max_requests
         self._max_bytes = max_bytes
         self._message_bytes = min(MESSAGE_BYTES, max_bytes)
-        self._pending: dict[PendingRequest, int] = {}  # to the tag
+        self._pending: set[PendingComputeLoss] = set()
         self._outbox: deque[_Entry] = deque()
         self._inside_requests = 0  # pending and unsent
         self._inside_bytes = 0
         self._has_answers = asyncio.Event()
         self._has_room = asyncio.Event()
         self._is_read_out = False
+        self._origin: Origin = ANYONE
 
     async def run(self, messages: AsyncIterator[bytes], call: Call) -> None:
         """Serve the call to its end."""
+        self._origin = CallOrigin(call)
         try:
             async with asyncio.TaskGroup() as tasks:  # where reading or writing fails, the other must not wait for it
                 tasks.create_task(self._write())
@@ -67,7 +72,7 @@ class StreamSession:
             raise failures.exceptions[0] from None
         finally:
             for request in self._pending:
-                request.job.cancelled = True
+                request.cancelled = True
 
     def _is_full(self) -> bool:
         return self._inside_requests >= self._max_requests or self._inside_bytes >= self._max_bytes
@@ -80,31 +85,40 @@ class StreamSession:
         except codec.CodecError as error:
             raise malformed(error) from None
         now = turn_started = time.monotonic()
-        opened: list[PendingRequest] = []
+        started_ns = time.perf_counter_ns()
+        opened: list[PendingComputeLoss] = []
+        open_request, on_answer = self._pipeline.open, self._on_answer
         for tag, timeout_ns, data, start, end in tagged_requests:
             self._inside_requests += 1
             try:
-                deadline = _deadline(now, timeout_ns, stream_deadline)
-                request = self._pipeline.open(data, start, end, api=API, deadline=deadline, on_answer=self._on_answer)
+                deadline = _deadline(now, timeout_ns, stream_deadline) if timeout_ns else stream_deadline
+                request = open_request(
+                    data, start, end, api=API, deadline=deadline, on_answer=on_answer, tag=tag, started_ns=started_ns
+                )
             except RequestError as error:
                 self._put(tag, to_status(error, error.request_id), 0)
             else:
-                self._pending[request] = tag
-                self._inside_bytes += request.job.byte_count
+                request.origin = self._origin
+                self._inside_bytes += request.byte_count
                 opened.append(request)
             if time.monotonic() - turn_started > TURN_SECONDS:
-                self._pipeline.submit(opened)
+                self._submit(opened)
                 opened = []
                 await asyncio.sleep(0)
                 turn_started = time.monotonic()
+                started_ns = time.perf_counter_ns()
+        self._submit(opened)
+
+    def _submit(self, opened: list[PendingComputeLoss]) -> None:
+        self._pending.update(opened)
         self._pipeline.submit(opened)
 
-    def _on_answer(self, request: PendingRequest, answer: Answer) -> None:
-        tag = self._pending.pop(request)
+    def _on_answer(self, request: PendingComputeLoss, answer: Answer) -> None:
+        self._pending.remove(request)
         if isinstance(answer, RequestError):
-            self._put(tag, to_status(answer, request.idempotency_key), request.job.byte_count)
+            self._put(request.tag, to_status(answer, request.idempotency_key), request.byte_count)
         else:
-            self._put(tag, answer, request.job.byte_count)
+            self._put(request.tag, answer, request.byte_count)
 
     def _put(self, tag: int, outcome: Sequence[codec.Buffer] | status_pb2.Status, byte_count: int) -> None:
         self._outbox.append((tag, outcome, byte_count))
@@ -134,8 +148,8 @@ class StreamSession:
         if size <= JOIN_IN_THREAD_BYTES:
             message = codec.encode_stream_response(entries)
         else:
-            loop = asyncio.get_running_loop()
-            message = await loop.run_in_executor(None, codec.encode_stream_response, entries)
+            parts = codec.stream_response_parts(entries)
+            message = await asyncio.get_running_loop().run_in_executor(None, join_without_gil, parts)
         self._pipeline.metrics.response_bytes.labels(API).observe(len(message))
         await self._send(message)
         self._inside_requests -= len(entries)
@@ -145,7 +159,9 @@ class StreamSession:
 
 def _size(outcome: Sequence[codec.Buffer] | status_pb2.Status) -> int:
     """Return the bytes that an answer takes in a message; 32 are more than its tag and lengths take."""
-    return 32 + (outcome.ByteSize() if isinstance(outcome, status_pb2.Status) else sum(map(len, outcome)))
+    if isinstance(outcome, status_pb2.Status):
+        return 32 + outcome.ByteSize()
+    return 32 + (len(outcome[0]) if len(outcome) == 1 else sum(map(len, outcome)))
 
 
 def _deadline(now: float, timeout_ns: int, stream_deadline: float | None) -> float | None:
@@ -155,7 +171,5 @@ def _deadline(now: float, timeout_ns: int, stream_deadline: float | None) -> flo
             reason=Reason.BAD_TIMEOUT,
             field="timeout_ns",
         )
-    if timeout_ns == 0:
-        return stream_deadline
     deadline = now + timeout_ns * 1e-9
     return deadline if stream_deadline is None else min(deadline, stream_deadline)

@@ -140,14 +140,18 @@ def moved(data: bytes, offset: int) -> memoryview:
     return memoryview(memory)[first : first + len(data)]  # type: ignore[arg-type]
 
 
-@settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+# Each example is four comparisons.
+@settings(
+    max_examples=1000 if os.environ.get("CI") else 250,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(one=jobs(), data=st.data())
 def test_an_items_bits_depend_on_nothing_else(workers: list[CpuWorker], one: Job, data: st.DataObject) -> None:
     (alone,) = workers[0].run([one.item]).outcomes
     assert isinstance(alone, WorkResult)
     expected = result_bytes(alone)
     others = company()
-    for worker in workers:  # 250 examples of four comparisons each: 1,000 cases
+    for worker in workers:
         around = data.draw(st.lists(st.sampled_from(range(len(others))), max_size=4))
         place = data.draw(st.integers(0, len(around)))
         offsets = data.draw(st.tuples(*[st.integers(0, 63) for _ in one.operands]))

@@ -1,0 +1,109 @@
+"""The command line: every command with its arguments. Nothing heavy is imported here, so that --help is there at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NoReturn
+
+from lossgrad.cli.outcome import UsageError
+
+LOSS_EXAMPLE: Final = "such as smooth_l1:beta=0.5, huber:delta=1.0, l1 or mse"
+REDUCTIONS: Final = ("mean", "sum", "none", "sample_mean", "sample_sum")
+_EPILOG: Final = (
+    "Exit codes: 0 done; 1 a check failed, or data that a policy refuses; 2 the command line or a file has to be changed; "
+    "3 the server cannot be reached or failed; 130 interrupted, 143 terminated. Whatever goes wrong is one line on "
+    "standard error. See docs/command-line.md."
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see: {self.prog} --help)")
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when asked for it: reading the distribution's metadata takes as long as all else."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        import lossgrad
+
+        print(f"lossgrad {lossgrad.__version__}")
+        parser.exit()
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line as values. Raises UsageError; exits for --help and --version, as argparse does."""
+    parser = _Parser(
+        prog="lossgrad", description="Losses and gradients from a lossgrad server: ask it, load it.", epilog=_EPILOG
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_ping(commands)
+    _add_info(commands)
+    _add_compute(commands)
+    _add_top(commands)
+    return parser.parse_args(arguments)
+
+
+_Commands = argparse._SubParsersAction  # what argparse gives, and has no public name for
+
+
+def _add_command(commands: _Commands[_Parser], name: str, help: str, *, embedded: bool = False) -> _Parser:
+    """Add a command with the arguments that say how its server is reached."""
+    parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    group = parser.add_argument_group("connection (each also from the environment)")
+    group.add_argument("--target", help="gRPC target of the server (LOSSGRAD_TARGET; localhost:50051)")
+    if embedded:
+        group.add_argument(
+            "--embedded", action="store_true", help="compute in this process, without a server; needs lossgrad[server]"
+        )
+    group.add_argument("--timeout", type=float, metavar="SECONDS", help="for each call (LOSSGRAD_TIMEOUT; 30)")
+    group.add_argument("--token-file", type=Path, help="file that holds the bearer token (LOSSGRAD_TOKEN: the token)")
+    group.add_argument("--tls", action="store_true", default=None, help="use TLS (LOSSGRAD_TLS=1)")
+    group.add_argument("--ca", help="PEM file of the authorities to trust; turns TLS on (LOSSGRAD_CA)")
+    group.add_argument("--cert", help="PEM file of this client's certificate (LOSSGRAD_CERT)")
+    group.add_argument("--key", help="PEM file of its private key (LOSSGRAD_KEY)")
+    return parser
+
+
+def _add_losses(parser: argparse.ArgumentParser) -> None:
+    help = f"{LOSS_EXAMPLE}; may be given several times (smooth_l1)"
+    parser.add_argument("--loss", action="append", default=[], metavar="LOSS", help=help)
+
+
+def _add_ping(commands: _Commands[_Parser]) -> None:
+    _add_command(commands, "ping", "check that the server serves; print the round trip")
+
+
+def _add_info(commands: _Commands[_Parser]) -> None:
+    info = _add_command(commands, "info", "print the server's version, device and limits")
+    info.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_compute(commands: _Commands[_Parser]) -> None:
+    compute = _add_command(commands, "compute", "compute losses of two .npy files", embedded=True)
+    compute.add_argument("input_file", metavar="A.npy", type=Path, help="the predictions")
+    compute.add_argument("target_file", metavar="B.npy", type=Path, help="the targets, which they are compared with")
+    _add_losses(compute)
+    compute.add_argument("--reduction", default="mean", help=f"{', '.join(REDUCTIONS)} (mean)")
+    compute.add_argument("--weight", type=Path, help=".npy file of each element's weight")
+    compute.add_argument("--mask", type=Path, help=".npy file of bool: false where an element takes no part")
+    compute.add_argument("--allow-broadcast", action="store_true", help="broadcast unequal shapes")
+    compute.add_argument("--gradient-out", type=Path, help="write the gradient with respect to the input to this file")
+    compute.add_argument("--loss-out", type=Path, help="write the loss to this file; for reductions that give an array")
+    compute.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_top(commands: _Commands[_Parser]) -> None:
+    help = "show what servers do right now, from their metrics"
+    top = commands.add_parser("top", help=help, description=f"{help[0].upper()}{help[1:]}. Ends with ctrl-C.")
+    top.add_argument(
+        "--metrics",
+        action="append",
+        metavar="HOST:PORT",
+        help="a server's metrics; several are added up (127.0.0.1:8002)",
+    )
+    top.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (1)")
+    top.add_argument("--once", action="store_true", help="print one look and end")

@@ -1,0 +1,33 @@
+"""Whom a call's requests are for, so that callers take turns: worked out only where requests have to wait."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Final
+
+from lossgrad_server.transport.call import Call
+
+# Metadata of a call whose requests nobody waits for at this moment: they go after all others.
+PRIORITY_KEY: Final = "lossgrad-priority"
+BULK: Final = "bulk"
+
+# Everybody on this machine has one of these addresses, so they are told apart by their connections.
+_LOOPBACK: Final = ("ipv4:127.", "ipv6:%5B::1%5D", "ipv6:[::1]")
+
+
+class CallOrigin:
+    """The `Origin` of a call's requests."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    @cached_property
+    def caller(self) -> str:
+        """The caller's address, whatever connections it has; of one on this machine, its connection."""
+        peer = self._call.peer
+        return peer if peer.startswith(_LOOPBACK) else peer.rpartition(":")[0] or peer
+
+    @cached_property
+    def is_bulk(self) -> bool:
+        """Whether the call says of itself that its requests can wait."""
+        return self._call.metadata.get(PRIORITY_KEY) == BULK
