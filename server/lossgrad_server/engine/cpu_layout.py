@@ -216,11 +216,11 @@ SCRATCH_LOST: Final = SCRATCH_LANES + MAX_SPECS * 8 * LANES
 SCRATCH_SPECIAL: Final = SCRATCH_LOST + MAX_SPECS * 8 * LANES
 # Lanes, and what they lost, of a sum that only tells whether all is finite.
 SCRATCH_SPARE: Final = SCRATCH_SPECIAL + 64
-# Each spec's lanes of the least and of the greatest losses.
-SCRATCH_EXTREMES: Final = SCRATCH_SPARE + 2 * 8 * LANES
 # Differences in float32.
-SCRATCH_SINGLES: Final = SCRATCH_EXTREMES + MAX_SPECS * 2 * 8 * LANES
-SCRATCH_BYTES: Final = SCRATCH_SINGLES + 4 * BLOCK
+SCRATCH_SINGLES: Final = SCRATCH_SPARE + 2 * 8 * LANES
+# Each spec's lanes of the least and of the greatest losses.
+SCRATCH_EXTREMES: Final = SCRATCH_SINGLES + 4 * BLOCK
+SCRATCH_BYTES: Final = SCRATCH_EXTREMES + MAX_SPECS * 2 * 8 * LANES
 
 # A job's state: words of 8 bytes, float64 all of them. First the two totals, then for each spec what it needs for the
 # gradient, then the partial sums (`state_words`).

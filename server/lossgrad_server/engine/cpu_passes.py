@@ -369,6 +369,8 @@ def walk(address: int, is_rows: int, begin: int, end: int) -> int:
                 is_finite &= load_block(address, is_rows, job.is_narrow, start + offset, count)
             if job.together_count > 0:
                 run_together(address, start + offset, count)
+                if job.extreme_planes != 0:
+                    add_extremes(address, 0, count)
             for index in range(job.spec_count if job.together_count == 0 else 0):
                 spec = spec_of(frame, index)
                 if spec.is_per_sample == is_rows:

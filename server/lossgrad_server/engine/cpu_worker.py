@@ -214,8 +214,8 @@ class CpuWorker:
                 outputs = JobOutputs(program, item)
                 packed = perf_counter_ns()
                 buffers: list[Buffer] = [*item.operands, outputs.memory]
-                records = self._arena.compute([outputs.program], buffers, holding_gil=program.work < _HOLDING_GIL_WORK)
-                outcomes[index] = program.result(records, outputs.parts)
+                scalars = self._arena.compute([outputs.program], buffers, holding_gil=program.work < _HOLDING_GIL_WORK)
+                outcomes[index] = program.result(scalars, outputs.parts)
             except Exception as error:
                 outcomes[index] = failure(error, program)
             times[0] += packed - started
