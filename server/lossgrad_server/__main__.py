@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 
 from lossgrad_api.allocator import keep_large_blocks
+from lossgrad_server import logs
 from lossgrad_server.config import ConfigError, from_command_line
 
 
@@ -14,9 +14,7 @@ def main() -> int:
     """Serve until told to stop. Returns 0 after a drain, 2 where a setting cannot be used, 3 after the device was lost."""
     try:
         config = from_command_line(sys.argv[1:])
-        logging.basicConfig(
-            level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-        )
+        logs.configure(config.log_level, config.log_format)
         keep_large_blocks()  # before torch and gRPC start threads, each of which would get an arena of its own
         # Only now, so that --help and a bad flag do not wait seconds for torch.
         from lossgrad_server.app import DeviceLost, run

@@ -14,12 +14,18 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lossgrad_server import __version__
+from lossgrad_server.logs import FORMATS
 
 MIB: Final = 1 << 20
 INT32_MAX: Final = (1 << 31) - 1  # the limits that GetServerInfo tells travel as int32 and int64
 INT64_MAX: Final = (1 << 63) - 1
 DAY_SECONDS: Final = 86_400
 ENVIRONMENT_PREFIX: Final = "LOSSGRAD_"
+_CHOICES: Final = {
+    "engine": ("fused", "plain"),
+    "log_level": ("debug", "info", "warning", "error"),
+    "log_format": FORMATS,
+}
 
 
 class ConfigError(ValueError):
@@ -117,6 +123,9 @@ class ServerConfig:
         most=DAY_SECONDS,
     )
     log_level: str = _setting("info", "Least severe log line to write: debug, info, warning or error.")
+    log_format: str = _setting(
+        "auto", "How log lines look: text, json, or auto, which is text on a terminal and json elsewhere."
+    )
 
     def __post_init__(self) -> None:
         """Check every value. Raises ConfigError."""
@@ -126,10 +135,9 @@ class ServerConfig:
             if (least is not None and not value >= least) or (most is not None and not value <= most):
                 allowed = f"at least {least}" if most is None else f"{least} to {most}"
                 raise ConfigError(f"{flag(setting.name)} is {value}; it must be {allowed}")
-        if self.engine not in ("fused", "plain"):
-            raise ConfigError(f"--engine is {self.engine!r}; it must be fused or plain")
-        if self.log_level not in ("debug", "info", "warning", "error"):
-            raise ConfigError(f"--log-level is {self.log_level!r}; it must be debug, info, warning or error")
+        for name, words in _CHOICES.items():
+            if getattr(self, name) not in words:
+                raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}; it must be {_either(words)}")
 
     @property
     def address(self) -> str:
@@ -140,6 +148,10 @@ class ServerConfig:
     def is_socket(self) -> bool:
         """Whether it listens on a unix socket, which has no port."""
         return self.host.startswith(("unix:", "unix-abstract:"))
+
+
+def _either(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def flag(name: str) -> str:

@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from lossgrad_server.batching.forming import Batch
+from lossgrad_server.batching.forming import Batch, ClosedBy
 from lossgrad_server.errors import Code, Reason, RequestError
 from lossgrad_server.histograms import Histogram
 from lossgrad_server.jobs import JobPlan, LossKind
@@ -71,6 +71,10 @@ class QueueState(Protocol):
     @property
     def admitted_bytes(self) -> int:
         """The bytes of all jobs inside."""
+
+    @property
+    def oldest_wait_seconds(self) -> float:
+        """How long the job that has waited longest has waited."""
 
 
 class RequestMetrics:
@@ -163,6 +167,8 @@ class Metrics:
             ("loss",),
             registry=registry,
         )
+        # process_start_time_seconds, process_resident_memory_bytes ... under the names that everybody knows.
+        ProcessCollector(registry=registry)
         self.ready = Gauge("lossgrad_ready", "1 while requests are served, otherwise 0.", registry=registry)
         Gauge("lossgrad_build_info", "What runs here; always 1.", tuple(build_info), registry=registry).labels(
             **build_info
@@ -181,8 +187,11 @@ class Metrics:
         self._batch_requests = self.batch_requests.labels(device)
         self._batch_elements = self.batch_elements.labels(device)
         self._utilization = Utilization()
+        # Series that are there from the start: a rate of what never was is no number, and an alert on it never fires.
         for reason in sorted(set(_REJECTIONS.values())):
             self.rejected.labels(reason)
+        for closed_by in ClosedBy:
+            self.batches.labels(device, closed_by)
         self._request_metrics: dict[tuple[LossKind | None, bool, str], RequestMetrics] = {}
 
     def watch(self, queue: QueueState) -> None:
@@ -273,6 +282,11 @@ class _QueueCollector(Collector):
                 "lossgrad_queue_bytes",
                 "Bytes of those requests and their answers.",
                 self._queue.waiting_bytes,
+            ),
+            (
+                "lossgrad_queue_oldest_seconds",
+                "How long the request that has waited longest has waited; 0 where none waits.",
+                self._queue.oldest_wait_seconds,
             ),
             (
                 "lossgrad_inflight_bytes",

@@ -21,6 +21,7 @@ SPECIAL: dict[str, tuple[str, Any]] = {
     "threads": ("3", 3),
     "engine": ("plain", "plain"),
     "log_level": ("debug", "debug"),
+    "log_format": ("json", "json"),
 }
 
 

@@ -8,53 +8,21 @@ from typing import Any
 
 import grpc
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client import Histogram as LibraryHistogram
-from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client import generate_latest
 
 import lossgrad_server
 from lossgrad_api.codec import SERVICE
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_api.v1.loss_service_pb2_grpc import LossServiceStub
 from lossgrad_server.errors import Code, Reason, RequestError
-from lossgrad_server.histograms import Histogram
-from lossgrad_server.metrics import SECONDS, Metrics, Utilization
+from lossgrad_server.metrics import Metrics
 from tests.server.calling import Connect, failure, stub_on
 from tests.server.requests import L1, SMOOTH_L1, request
+from tests.server.scraping import Scrape, labelled
 from tests.server.serving import PATIENCE_SECONDS, HeldWorker, RunningServer, StartServer, eventually
 
 MSE_SUM = pb.LossSpec(mse=pb.MseLoss(), reduction=pb.REDUCTION_SUM)
 BAD = request([1.0], [2.0], pb.LossSpec(smooth_l1=pb.SmoothL1Loss(beta=-1.0)))
-
-Labels = frozenset[tuple[str, str]]
-
-
-class Scrape:
-    """What the metrics port serves, by name and labels."""
-
-    def __init__(self, text: str) -> None:
-        self.samples: dict[tuple[str, Labels], float] = {}
-        self.types: dict[str, str] = {}
-        for family in text_string_to_metric_families(text):
-            self.types[family.name] = family.type
-            for sample in family.samples:
-                self.samples[sample.name, frozenset(sample.labels.items())] = sample.value
-
-    def __call__(self, name: str, **labels: str) -> float | None:
-        return self.samples.get((name, frozenset(labels.items())))
-
-    def of(self, name: str) -> dict[Labels, float]:
-        """Return all series of a name, without those that count nothing."""
-        return {labels: value for (own, labels), value in self.samples.items() if own == name and value}
-
-    def series(self) -> set[tuple[str, Labels]]:
-        return {key for key in self.samples if not key[0].endswith("_created")}
-
-
-def labelled(**labels: str) -> Labels:
-    return frozenset(labels.items())
 
 
 @pytest.fixture
@@ -146,7 +114,7 @@ def test_after_known_traffic_the_series_have_exactly_the_expected_values(
     assert found("grpc_server_handled_total", **rpc, grpc_code="INVALID_ARGUMENT") == 1
 
     assert found("lossgrad_ready") == 1
-    for gauge in ("lossgrad_queue_requests", "lossgrad_queue_bytes", "lossgrad_inflight_bytes"):
+    for gauge in ("lossgrad_queue_requests", "lossgrad_queue_oldest_seconds", "lossgrad_inflight_bytes"):
         assert found(gauge, device="cpu") == 0
     utilization = found("lossgrad_device_utilization_ratio", device="cpu")
     assert utilization is not None
@@ -168,6 +136,9 @@ def test_the_queue_is_what_it_is_at_the_scrape_and_refusals_are_counted(
         failure(stub.ComputeLoss, request([1.0], [0.0], L1))
     found = scrape(running)
     assert found("lossgrad_queue_requests", device="cpu") == 3
+    oldest = found("lossgrad_queue_oldest_seconds", device="cpu")
+    assert oldest is not None
+    assert 0 < oldest < PATIENCE_SECONDS
     assert found("lossgrad_queue_bytes", device="cpu") == (1 + 2 + 3) * 3 * 4  # two tensors and a gradient
     assert found("lossgrad_inflight_bytes", device="cpu") == (1 + 2 + 3) * 3 * 4 + 4 * 2 * 4
     assert found.of("lossgrad_rejected_total") == {labelled(reason="queue_full"): 2}
@@ -190,6 +161,7 @@ COUNTERS = [
     "lossgrad_batches",
     "lossgrad_rejected",
     "lossgrad_nonfinite_results",
+    "process_cpu_seconds",
 ]
 HISTOGRAMS = [
     "grpc_server_handling_seconds",
@@ -207,6 +179,12 @@ GAUGES = [
     "lossgrad_queue_bytes",
     "lossgrad_inflight_bytes",
     "lossgrad_device_utilization_ratio",
+    "lossgrad_queue_oldest_seconds",
+    "process_max_fds",
+    "process_open_fds",
+    "process_resident_memory_bytes",
+    "process_start_time_seconds",
+    "process_virtual_memory_bytes",
 ]
 
 
@@ -331,87 +309,3 @@ def test_outcomes_tell_whose_trouble_it_was(metrics: Metrics, code: Code, reason
     metrics.failed(None, "stream", RequestError("", code=code, reason=reason))
     found = Scrape(generate_latest(metrics.registry).decode())
     assert found("lossgrad_requests_total", loss="unknown", mode="unknown", api="stream", outcome=outcome) == 1
-
-
-# ---- Utilization ----
-
-
-class Clock:
-    """A clock that the test sets."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_utilization_is_the_busy_share_of_the_last_ten_seconds() -> None:
-    clock = Clock()
-    utilization = Utilization(clock)
-    assert utilization.ratio() == 0
-    clock.now += 2
-    utilization.busy(0.5)
-    assert utilization.ratio() == pytest.approx(0.25)  # of the two seconds that there are
-    clock.now += 6
-    utilization.busy(3)
-    assert utilization.ratio() == pytest.approx(3.5 / 8)
-    clock.now += 2
-    assert utilization.ratio() == pytest.approx(0.35)
-    clock.now += 4  # the first span has left the window
-    assert utilization.ratio() == pytest.approx(0.3)
-    clock.now += 2.5  # and of the second, half a second
-    assert utilization.ratio() == pytest.approx(0.15)
-    clock.now += 20
-    assert utilization.ratio() == 0
-
-
-def test_utilization_of_a_device_that_never_rests_is_1() -> None:
-    clock = Clock()
-    utilization = Utilization(clock)
-    clock.now += 100
-    utilization.busy(100)
-    assert utilization.ratio() == 1
-
-
-def test_utilization_keeps_little_at_any_rate_of_batches() -> None:
-    clock = Clock()
-    utilization = Utilization(clock)
-    for _ in range(20_000):
-        clock.now += 0.001
-        utilization.busy(0.0005)
-    assert utilization.ratio() == pytest.approx(0.5, rel=0.02)
-    assert len(utilization._spans) <= 200
-
-
-# ---- Histograms ----
-
-
-@given(st.lists(st.tuples(st.floats(0, 100) | st.sampled_from(SECONDS), st.integers(1, 5)), max_size=30))
-def test_our_histogram_exports_what_the_librarys_would(observations: list[tuple[float, int]]) -> None:
-    ours = Histogram("seconds", "Help.", ("stage",), SECONDS)
-    theirs_registry, ours_registry = CollectorRegistry(), CollectorRegistry()
-    theirs = LibraryHistogram("seconds", "Help.", ("stage",), buckets=SECONDS, registry=theirs_registry)
-    ours_registry.register(ours)
-    series = ours.labels("queue")
-    child = theirs.labels("queue")
-    for value, times in observations:
-        series.observe(value, times)
-        for _ in range(times):
-            child.observe(value)
-    exported, expected = (Scrape(generate_latest(registry).decode()) for registry in (ours_registry, theirs_registry))
-    assert exported.series() == expected.series()
-    for key in expected.series():
-        assert exported.samples[key] == pytest.approx(expected.samples[key])
-    assert exported.types["seconds"] == "histogram"
-
-
-def test_a_histogram_refuses_labels_that_it_does_not_have() -> None:
-    histogram = Histogram("seconds", "Help.", ("stage",), SECONDS)
-    bad: Callable[..., Any] = histogram.labels
-    with pytest.raises(ValueError, match="stage"):
-        bad("queue", "cpu")
-    registry = CollectorRegistry()
-    registry.register(histogram)
-    with pytest.raises(ValueError, match="Duplicated"):
-        registry.register(Histogram("seconds", "Help.", (), SECONDS))

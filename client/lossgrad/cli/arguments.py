@@ -43,6 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_ping(commands)
     _add_info(commands)
     _add_compute(commands)
+    _add_top(commands)
     return parser.parse_args(arguments)
 
 
@@ -93,3 +94,16 @@ def _add_compute(commands: _Commands[_Parser]) -> None:
     compute.add_argument("--gradient-out", type=Path, help="write the gradient with respect to the input to this file")
     compute.add_argument("--loss-out", type=Path, help="write the loss to this file; for reductions that give an array")
     compute.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_top(commands: _Commands[_Parser]) -> None:
+    help = "show what servers do right now, from their metrics"
+    top = commands.add_parser("top", help=help, description=f"{help[0].upper()}{help[1:]}. Ends with ctrl-C.")
+    top.add_argument(
+        "--metrics",
+        action="append",
+        metavar="HOST:PORT",
+        help="a server's metrics; several are added up (127.0.0.1:8002)",
+    )
+    top.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (1)")
+    top.add_argument("--once", action="store_true", help="print one look and end")

@@ -117,6 +117,13 @@ class Batcher:
         with self._lock:
             return self._waiting.byte_count
 
+    @property
+    def oldest_wait_seconds(self) -> float:
+        """How long the job that has waited longest has waited. 0 where none waits."""
+        with self._lock:
+            oldest_ns = self._waiting.oldest_ns
+        return 0.0 if oldest_ns is None else (time.perf_counter_ns() - oldest_ns) * 1e-9
+
     def start(self) -> None:
         """Start the worker's thread; it warms up first. `wait_until_warm` tells when it is done."""
         self._thread.start()

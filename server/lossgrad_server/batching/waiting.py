@@ -25,6 +25,11 @@ class WaitingJobs:
         """The bytes of tensor data of all that wait, their answers included."""
         return sum(job.byte_count for line in (self._small, self._large) for job in line)
 
+    @property
+    def oldest_ns(self) -> int | None:
+        """When the job that has waited longest was queued, on time.perf_counter_ns's clock; None where none waits."""
+        return min((line[0].queued_ns for line in (self._small, self._large) if line), default=None)
+
     def add(self, job: Job, *, is_large: bool) -> None:
         """Let a job wait."""
         (self._large if is_large else self._small).append(job)

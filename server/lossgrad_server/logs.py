@@ -1,0 +1,45 @@
+"""The log: one line for each change of state and each failure, for people at a terminal and as JSON for machines elsewhere.
+
+Nothing here is written for each request above debug, and never what a tensor holds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Final, TextIO
+
+FORMATS: Final = ("auto", "text", "json")
+_TEXT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+# What a LogRecord has of its own; everything else was given by `extra` and belongs into the line.
+_OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object on one line: time (RFC 3339, UTC), severity, logger, message, what `extra` gave, exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "severity": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line.update((name, value) for name, value in vars(record).items() if name not in _OWN)
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            line["stack"] = record.stack_info
+        return json.dumps(line, default=str, ensure_ascii=False)
+
+
+def configure(level: str, style: str, stream: TextIO = sys.stderr) -> None:
+    """Send the log to a stream. `style` is one of FORMATS; "auto" is text on a terminal and JSON elsewhere."""
+    is_text = style == "text" or (style == "auto" and stream.isatty())
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter(_TEXT) if is_text else JsonFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
