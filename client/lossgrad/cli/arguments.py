@@ -43,6 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_ping(commands)
     _add_info(commands)
     _add_compute(commands)
+    _add_bench(commands)
     _add_top(commands)
     return parser.parse_args(arguments)
 
@@ -68,7 +69,7 @@ def _add_command(commands: _Commands[_Parser], name: str, help: str, *, embedded
     return parser
 
 
-def _add_losses(parser: argparse.ArgumentParser) -> None:
+def _add_losses(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     help = f"{LOSS_EXAMPLE}; may be given several times (smooth_l1)"
     parser.add_argument("--loss", action="append", default=[], metavar="LOSS", help=help)
 
@@ -94,6 +95,43 @@ def _add_compute(commands: _Commands[_Parser]) -> None:
     compute.add_argument("--gradient-out", type=Path, help="write the gradient with respect to the input to this file")
     compute.add_argument("--loss-out", type=Path, help="write the loss to this file; for reductions that give an array")
     compute.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_bench(commands: _Commands[_Parser]) -> None:
+    bench = _add_command(commands, "bench", "put load on a server and show how long it takes to answer")
+    load = bench.add_argument_group("load (each may be given several times; --in-flight 1, 8 and 64)")
+    load.add_argument(
+        "--rate",
+        type=float,
+        action="append",
+        default=[],
+        metavar="PER_SECOND",
+        help="requests a second, sent whether or not the ones before are answered; latency counts from when a request "
+        "was meant to be sent",
+    )
+    load.add_argument(
+        "--in-flight",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="callers that each wait for their answer",
+    )
+    load.add_argument(
+        "--arrivals", choices=("poisson", "even"), default="poisson", help="how --rate is spread (poisson)"
+    )
+    load.add_argument("--seconds", type=float, default=5.0, help="how long each load is measured (5)")
+    load.add_argument("--warm-up", type=float, default=1.0, metavar="SECONDS", help="how long it is not, before (1)")
+    load.add_argument("--connections", type=int, default=1, metavar="N", help="how many to share it among (1)")
+    load.add_argument(
+        "--unary", action="store_true", help="a call for each request; small ones share a stream otherwise"
+    )
+    request = bench.add_argument_group("request")
+    request.add_argument("--shape", default="1024", help="of both tensors, such as 64x3x32x32 (1024)")
+    request.add_argument("--dtype", default="float32", help="float16, float32 or float64 (float32)")
+    _add_losses(request)
+    request.add_argument("--gradient", action="store_true", help="ask for the gradient too")
+    bench.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_top(commands: _Commands[_Parser]) -> None:
