@@ -21,6 +21,9 @@ SETUPTOOLS = "setuptools<81"  # grpcio-tools 1.76.0 imports pkg_resources
 PROTO_ROOT = Path(__file__).resolve().parent
 ENVIRONMENT = PROTO_ROOT.parent / ".venv-proto"
 SOURCES = sorted(PROTO_ROOT.glob("lossgrad_api/v1/*.proto"))
+# The Open Inference Protocol gets no modules: they would register names that other clients of it register too.
+INFERENCE_SOURCES = sorted(PROTO_ROOT.glob("inference/*.proto"))
+INFERENCE_SET = Path("lossgrad_api/inference.binpb")
 
 
 def tools_python() -> Path:
@@ -39,6 +42,16 @@ def tools_python() -> Path:
 
 def generate(destination: Path) -> list[Path]:
     """Write the generated code of every .proto under `destination`; return the files' paths relative to it."""
+    kinds = ("python", "pyi", "grpc_python")
+    _protoc(*(f"--{kind}_out={destination}" for kind in kinds), *map(str, SOURCES))
+    for stub in destination.glob("lossgrad_api/v1/tensor_pb2_grpc.py"):
+        stub.unlink()  # tensor.proto has no service; the file would be empty
+    (destination / INFERENCE_SET).parent.mkdir(parents=True, exist_ok=True)
+    _protoc(f"--descriptor_set_out={destination / INFERENCE_SET}", *map(str, INFERENCE_SOURCES))
+    return sorted(path.relative_to(destination) for path in _generated(destination))
+
+
+def _protoc(*arguments: str) -> None:
     program = (
         "import sys, pathlib, grpc_tools, google.rpc\n"
         "from grpc_tools import protoc\n"
@@ -46,18 +59,18 @@ def generate(destination: Path) -> list[Path]:
         "pathlib.Path(list(google.rpc.__path__)[0]).parents[1]]\n"
         "sys.exit(protoc.main(['protoc', *(f'-I{root}' for root in roots), *sys.argv[1:]]))\n"
     )
-    arguments = [f"-I{PROTO_ROOT}", *(f"--{kind}_out={destination}" for kind in ("python", "pyi", "grpc_python"))]
-    subprocess.run([tools_python(), "-c", program, *arguments, *map(str, SOURCES)], check=True)
-    for stub in destination.glob("lossgrad_api/v1/tensor_pb2_grpc.py"):
-        stub.unlink()  # tensor.proto has no service; the file would be empty
-    return sorted(path.relative_to(destination) for path in destination.glob("lossgrad_api/v1/*_pb2*"))
+    subprocess.run([tools_python(), "-c", program, f"-I{PROTO_ROOT}", *arguments], check=True)
+
+
+def _generated(root: Path) -> list[Path]:
+    return [*root.glob("lossgrad_api/v1/*_pb2*"), *root.glob(str(INFERENCE_SET))]
 
 
 def stale_files() -> list[str]:
     """Return the committed generated files that differ from what would be generated now, or should not be there."""
     with tempfile.TemporaryDirectory() as scratch:
         fresh = generate(Path(scratch))
-        committed = {path.relative_to(PROTO_ROOT) for path in PROTO_ROOT.glob("lossgrad_api/v1/*_pb2*")}
+        committed = {path.relative_to(PROTO_ROOT) for path in _generated(PROTO_ROOT)}
         stale = {
             path
             for path in fresh

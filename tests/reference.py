@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lossgrad_server.jobs import DataType, JobPlan, LossKind, Reduction, Role, SpecPlan, TensorPlan
-from lossgrad_server.work import SPEC_RESULT, Buffer, WorkResult
+from lossgrad_server.work import SPEC_RESULT, Buffer, SpecTotal, WorkResult
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -31,6 +31,8 @@ _NUMPY_TYPES = {
     DataType.INT8: np.int8,
     DataType.UINT8: np.uint8,
 }
+# The elements of which a sum has one number.
+CHUNK = 4096
 # Bits of the significand, the smallest power of two held, the largest number held.
 _FORMATS = {
     DataType.FLOAT16: (11, -24, 65504.0),
@@ -56,14 +58,66 @@ def answer(plan: JobPlan, operands: Sequence[Buffer]) -> list[SpecAnswer]:
 
     The target's gradient is always there where the input's is, whether or not the plan sends it.
     """
+    elements = _elements(plan, operands)
+    return [_answer_spec(plan, spec, *elements) for spec in plan.specs]
+
+
+def _elements(plan: JobPlan, operands: Sequence[Buffer]) -> tuple[Float64Array, Float64Array, Array]:
+    """Return the elements' differences, weights and masks, in the result's shape."""
     arrays = [decode(buffer, tensor) for buffer, tensor in zip(operands, plan.operands, strict=True)]
     shape = plan.result_shape
     differences = _differences(arrays[0], arrays[1], plan.result_type)
     weight = arrays[2] if plan.weight is not None else np.ones(())
     mask = arrays[-1] != 0 if plan.mask is not None else np.ones((), np.bool_)
-    weights = np.broadcast_to(weight.astype(np.float64), shape)
-    masks = np.broadcast_to(mask, shape)
-    return [_answer_spec(plan, spec, differences, weights, masks) for spec in plan.specs]
+    return differences, np.broadcast_to(weight.astype(np.float64), shape), np.broadcast_to(mask, shape)
+
+
+def totals(plan: JobPlan, operands: Sequence[Buffer]) -> list[SpecTotal]:
+    """Return the totals of each spec: every element's loss, and every chunk's sum, rounded once."""
+    differences, weights, masks = (values.ravel() for values in _elements(plan, operands))
+    chunks = [np.flatnonzero(masks[start : start + CHUNK]) + start for start in range(0, len(masks), CHUNK)]
+    answers: list[SpecTotal] = []
+    for spec in plan.specs:
+        losses = {
+            index: product(element(spec.kind, spec.parameter, float(differences[index]))[0], float(weights[index]))
+            for index in np.concatenate([*chunks, np.empty(0, np.int64)]).tolist()
+        }
+        ordered = [loss + 0.0 for loss in losses.values() if not math.isnan(loss)]
+        answers.append(
+            SpecTotal(
+                min(ordered, default=math.inf),
+                max(ordered, default=-math.inf),
+                exact_partials(exact_sum(losses[index] for index in chunk.tolist()) for chunk in chunks),
+                exact_partials(exact_sum(weights[chunk].tolist()) for chunk in chunks),
+            )
+        )
+    return answers
+
+
+def merged(parts: Sequence[SpecTotal]) -> SpecTotal:
+    """Return the total of several parts."""
+    return SpecTotal(
+        min(part.minimum for part in parts),
+        max(part.maximum for part in parts),
+        exact_partials(chain.from_iterable(part.partials for part in parts)),
+        exact_partials(chain.from_iterable(part.weight_partials for part in parts)),
+    )
+
+
+def exact_partials(terms: Iterable[float]) -> tuple[float, ...]:
+    """Return a sum as SpecTotal has it: the float64 nearest to it, the one nearest to what that leaves, and so on."""
+    terms = list(terms)
+    special = [term for term in terms if not math.isfinite(term)]
+    if special:
+        return (sum(special),)
+    left = sum(map(Fraction, terms), Fraction())
+    partials: list[float] = []
+    while left:
+        partials.append(rounded_fraction(left))
+        if math.isinf(partials[-1]):
+            return (partials[-1],)
+        left -= Fraction(partials[-1])
+    return tuple(partials)
 
 
 def _answer_spec(
@@ -201,7 +255,7 @@ def rounded_fraction(value: Fraction) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def rounded(values: float | Array, data_type: DataType) -> Float64Array:

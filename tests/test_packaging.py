@@ -57,7 +57,7 @@ def test_the_wheel_holds_the_three_packages_typed_and_nothing_else(wheel: zipfil
         assert f"{package}/__init__.py" in names
     stray = [name for name in names if "test" in name or "conftest" in name or "__pycache__" in name]
     assert not stray
-    assert all(name.endswith((".py", ".pyi", ".proto", "py.typed")) for name in names), names
+    assert all(name.endswith((".py", ".pyi", ".proto", "py.typed", "inference.binpb")) for name in names), names
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -72,6 +72,7 @@ def test_the_protos_and_their_stubs_are_in_the_wheel(wheel: zipfile.ZipFile) -> 
     names = set(wheel.namelist())
     for name in ("loss_service.proto", "tensor.proto", "loss_service_pb2.pyi", "loss_service_pb2_grpc.py"):
         assert f"lossgrad_api/v1/{name}" in names
+    assert "lossgrad_api/inference.binpb" in names
 
 
 def test_the_client_alone_needs_four_packages_and_neither_torch_nor_the_server(

@@ -41,14 +41,14 @@ NUMBERS = """
     TaggedResponse: tag=1 response=2 error=3
     AccumulateLossRequest: config=1 slice=2
     AccumulateLossResponse: slice=1 snapshot=2 total=3
-    AccumulationConfig: specs=1 element_count=2 resume_from=3 snapshot_every_slices=4
+    AccumulationConfig: specs=1 element_count=2 resume_from=3 snapshot_every_slices=4 allow_broadcast=5
     Slice: sequence=1 group=2 mask=3 weight=4 target=5 input=6
     SliceResult: sequence=1 results=2
-    Accumulation: last_sequence=1 groups=2
+    Accumulation: last_sequence=1 groups=2 specs=3 element_count=4
     GroupState: group=1 states=2
-    LossState: partial_sums=1 element_count=2 weight_sum=3 min=4 max=5 nonfinite_count=6
+    LossState: partial_sums=1 element_count=2 weight_sum=3 min=4 max=5 nonfinite_count=6 weight_partial_sums=7
     GetServerInfoResponse: server_version=1 torch_version=2 device=3 data_types=4 limits=5 determinism=6
-    ServerLimits: max_message_bytes=1 max_queued_requests=2 max_queued_bytes=3 max_stream_requests=4
+    ServerLimits: max_message_bytes=1 max_queued_requests=2 max_queued_bytes=3 max_stream_requests=4 max_groups=5
 """
 
 
@@ -84,11 +84,13 @@ def test_a_stale_missing_or_stray_file_is_told(generate: ModuleType, monkeypatch
         (destination / folder / "tensor_pb2.py").write_text("changed")
         (destination / folder / "loss_service_pb2.pyi").unlink()
         (destination / folder / "new_pb2.py").write_text("new")
-        return sorted(path.relative_to(destination) for path in destination.glob("lossgrad_api/v1/*_pb2*"))
+        (destination / "lossgrad_api/inference.binpb").write_text("changed")
+        return sorted(path.relative_to(destination) for path in generate._generated(destination))
 
     monkeypatch.setattr(generate, "generate", generated)
     assert generate.stale_files() == [
-        str(folder / name) for name in ("loss_service_pb2.pyi", "new_pb2.py", "tensor_pb2.py")
+        "lossgrad_api/inference.binpb",
+        *(str(folder / name) for name in ("loss_service_pb2.pyi", "new_pb2.py", "tensor_pb2.py")),
     ]
 
 

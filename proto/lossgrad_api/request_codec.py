@@ -39,10 +39,18 @@ _MASK: Final = 4 << 3 | 2
 _WEIGHT: Final = 5 << 3 | 2
 _TARGET: Final = 6 << 3 | 2
 _INPUT: Final = 7 << 3 | 2
-_OPERANDS: Final = (_INPUT, _TARGET, _WEIGHT, _MASK)
-_TENSORS: Final = frozenset(_OPERANDS)
 
 _Value = TypeVar("_Value")
+
+
+class Layout(NamedTuple):
+    """Where a message has its tensors: the tags of input, target, weight and mask, and of its idempotency key, 0 without."""
+
+    key: int
+    operands: tuple[int, int, int, int]
+
+
+REQUEST_LAYOUT: Final = Layout(_IDEMPOTENCY_KEY, (_INPUT, _TARGET, _WEIGHT, _MASK))
 
 
 class TooManyRequests(CodecError):
@@ -114,22 +122,28 @@ def encode_stream_request(requests: Iterable[tuple[int, int, Sequence[Buffer]]])
 
 def split_compute_request(data: bytes, start: int = 0, end: int | None = None) -> RequestView:
     """Take the ComputeLossRequest `data[start:end]` apart without copying tensor data. Raises CodecError."""
-    pieces, key_span, spans = _walk(data, start, len(data) if end is None else end)
+    return split(data, start, len(data) if end is None else end, REQUEST_LAYOUT)
+
+
+def split(data: bytes, start: int, end: int, layout: Layout) -> RequestView:
+    """Take the message `data[start:end]` apart without copying tensor data. Raises CodecError."""
+    pieces, key_span, spans = _walk(data, start, end, layout)
     header = b"".join([data[begin:behind] for begin, behind in pieces])
     try:
         key = data[slice(*key_span)].decode()
     except UnicodeDecodeError:
         raise CodecError("idempotency_key is not UTF-8") from None
     view = memoryview(data)
-    input, target, weight, mask = (view[slice(*spans[tag])] if tag in spans else EMPTY for tag in _OPERANDS)
+    input, target, weight, mask = (view[slice(*spans[tag])] if tag in spans else EMPTY for tag in layout.operands)
     return RequestView(header, key, input, target, weight, mask)
 
 
 _Span = tuple[int, int]
 
 
-def _walk(data: bytes, start: int, end: int) -> tuple[list[_Span], _Span, dict[int, _Span]]:
+def _walk(data: bytes, start: int, end: int, layout: Layout) -> tuple[list[_Span], _Span, dict[int, _Span]]:
     """Return where the header's pieces are, the idempotency key, and each tensor's data by the tensor's tag."""
+    key, tensors = layout
     spans: dict[int, _Span] = {}
     pieces: list[_Span] = []
     key_span = (0, 0)
@@ -138,12 +152,12 @@ def _walk(data: bytes, start: int, end: int) -> tuple[list[_Span], _Span, dict[i
     while position < end:
         begin = position
         tag, position = read_tag(data, position, end)
-        if tag == _IDEMPOTENCY_KEY:
+        if tag == key:
             pieces.append((kept, begin))
             key_start, position = read_length(data, position, end)
             key_span = (key_start, position)
             kept = position
-        elif tag not in _TENSORS:
+        elif tag not in tensors:
             position = skip(data, tag, position, end)
         else:
             position, tensor_end = read_length(data, position, end)
@@ -158,9 +172,9 @@ def _walk(data: bytes, start: int, end: int) -> tuple[list[_Span], _Span, dict[i
                     limit += data_end - position
                     position = kept = data_end
                 if position > limit:
-                    raise _header_too_large(position - limit)
+                    raise header_too_large(position - limit)
         if position > limit:
-            raise _header_too_large(position - limit)
+            raise header_too_large(position - limit)
     pieces.append((kept, end))
     return pieces, key_span, spans
 
@@ -176,13 +190,14 @@ class KnownRequests(Generic[_Value]):
     _MAX_OF_ONE_LENGTH: Final = 4
     _MAX_HEADER_BYTES: Final = 2048
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout = REQUEST_LAYOUT) -> None:
+        self._layout = layout
         # By length: (the header's pieces with their offsets, the spans of the operands' data, the value).
         self._known: dict[int, list[tuple[list[tuple[int, bytes]], list[_Span], _Value]]] = {}
 
     def remember(self, data: bytes, start: int, end: int, value: _Value) -> None:
         """Remember `value` for requests like `data[start:end]`, which was split before without an error."""
-        pieces, key_span, spans = _walk(data, start, end)
+        pieces, key_span, spans = _walk(data, start, end, self._layout)
         if key_span != (0, 0) or sum(behind - begin for begin, behind in pieces) > self._MAX_HEADER_BYTES:
             return
         if len(self._known) >= self._MAX_LENGTHS:  # rare enough that starting over is the simplest bound
@@ -193,7 +208,7 @@ class KnownRequests(Generic[_Value]):
             0,
             (
                 [(begin - start, data[begin:behind]) for begin, behind in pieces],
-                [(spans[tag][0] - start, spans[tag][1] - start) for tag in _OPERANDS if tag in spans],
+                [(spans[tag][0] - start, spans[tag][1] - start) for tag in self._layout.operands if tag in spans],
                 value,
             ),
         )
@@ -215,13 +230,22 @@ def parse_request_header(data: bytes, start: int = 0, end: int | None = None) ->
 
     Call it on bytes that `split_compute_request` took, which bounds what there is to parse.
     """
-    end = len(data) if end is None else end
+    try:
+        return pb.ComputeLossRequest.FromString(
+            without_data(data, start, len(data) if end is None else end, REQUEST_LAYOUT)
+        )
+    except DecodeError:
+        raise CodecError("the bytes are not a lossgrad_api.v1.ComputeLossRequest") from None
+
+
+def without_data(data: bytes, start: int, end: int, layout: Layout) -> bytes:
+    """Return the message `data[start:end]` as one whose tensors have no data. Raises CodecError."""
     message: list[bytes] = []
     position = start
     while position < end:
         begin = position
         tag, position = read_tag(data, position, end)
-        if tag not in _TENSORS:
+        if tag not in layout.operands:
             position = skip(data, tag, position, end)
             message.append(data[begin:position])
             continue
@@ -235,10 +259,7 @@ def parse_request_header(data: bytes, start: int = 0, end: int | None = None) ->
                 tensor.append(data[begin:position])
         body = b"".join(tensor)
         message += (varint(tag), varint(len(body)), body)
-    try:
-        return pb.ComputeLossRequest.FromString(b"".join(message))
-    except DecodeError:
-        raise CodecError("the bytes are not a lossgrad_api.v1.ComputeLossRequest") from None
+    return b"".join(message)
 
 
 def split_stream_request(data: bytes, max_requests: int) -> list[TaggedRequestView]:
@@ -259,7 +280,7 @@ def split_stream_request(data: bytes, max_requests: int) -> list[TaggedRequestVi
             requests.append(request)
             position = request_end
         if position > limit:
-            raise _header_too_large(position - limit)
+            raise header_too_large(position - limit)
     return requests
 
 
@@ -280,7 +301,7 @@ def _tagged_request(data: bytes, position: int, end: int, limit: int) -> tuple[T
         else:
             position = skip(data, field, position, end)
         if position > limit:
-            raise _header_too_large(position - limit)
+            raise header_too_large(position - limit)
     if len(bodies) > 1:  # protobuf merges a field that comes twice, which is what parsing the concatenation does
         data = b"".join(data[start:stop] for start, stop in bodies)
         bodies = [(0, len(data))]
@@ -288,7 +309,8 @@ def _tagged_request(data: bytes, position: int, end: int, limit: int) -> tuple[T
     return TaggedRequestView(to_signed(tag), to_signed(timeout_ns), data, start, stop), limit
 
 
-def _header_too_large(excess: int) -> HeaderTooLarge:
+def header_too_large(excess: int) -> HeaderTooLarge:
+    """Return the error of a message with so many bytes too many beside its tensors' data."""
     return HeaderTooLarge(
         f"all that is not tensor data takes at least {MAX_HEADER_BYTES + excess} bytes, at most {MAX_HEADER_BYTES} are "
         "taken; tensor elements belong in Tensor.data"

@@ -81,7 +81,7 @@ def encode_compute_response(stats: StatsView, results: Iterable[ResultView], ide
     body = scalar_field(1, stats[0]) + _stats_of_batch(stats[1:])
     parts: list[Buffer] = [b"\x0a" + varint(len(body)) + body]
     for result in results:
-        parts += _result_parts(result)
+        parts += result_parts(result)
     if idempotency_key:
         parts.append(string_field(3, idempotency_key))
     return parts
@@ -102,7 +102,8 @@ def _counts(element_count: int, weight_sum: float, nonfinite_count: int) -> byte
     return scalar_field(3, element_count) + weight + scalar_field(5, nonfinite_count)
 
 
-def _result_parts(result: ResultView) -> list[Buffer]:
+def result_parts(result: ResultView) -> list[Buffer]:
+    """Return a LossResult, as the field numbered 2 of what holds it, as parts to join."""
     scalar, tensor, element_count, weight_sum, nonfinite_count, target_gradient, input_gradient = result
     parts: list[Buffer] = [b""]
     head = b"" if scalar is None else b"\x09" + _DOUBLE.pack(scalar)
@@ -172,7 +173,7 @@ def _decode_response(data: bytes, view: memoryview, position: int, end: int) -> 
         if tag == _STATS:
             stats += data[body:position]  # where there are several they merge, as parsing the concatenation does
         elif tag == _RESULT:
-            results.append(_decode_result(data, view, body, position))
+            results.append(decode_result(data, view, body, position))
         else:
             try:
                 idempotency_key = data[body:position].decode()
@@ -221,7 +222,8 @@ def _parse_stats(body: bytes) -> pb.ComputeStats:
         raise CodecError("the bytes are not a lossgrad_api.v1.ComputeLossResponse") from None
 
 
-def _decode_result(data: bytes, view: memoryview, position: int, end: int) -> ResultView:
+def decode_result(data: bytes, view: memoryview, position: int, end: int) -> ResultView:
+    """Return the LossResult `data[position:end]`. `view` is a view of `data`. Raises CodecError."""
     known = known_result(data, view, position, end)
     if known is not None:
         return _new(ResultView, known)

@@ -30,6 +30,7 @@ from lossgrad_server.transport.call import Method
 from lossgrad_server.transport.grpc_server import create_server
 from lossgrad_server.transport.health import Health, health_method
 from lossgrad_server.transport.in_process import InProcessChannel
+from lossgrad_server.transport.open_inference.service import OpenInferenceDescription, OpenInferenceService
 from lossgrad_server.transport.pipeline import RequestPipeline
 from lossgrad_server.transport.service import LossService, ServiceDescription
 
@@ -51,6 +52,7 @@ class Core:
 
     def __init__(self, config: ServerConfig, loop: asyncio.AbstractEventLoop) -> None:
         self.device_lost = asyncio.Event()
+        self.is_ready = False
         try:
             worker = engine.create_worker(config.device, config.threads or None, config.engine)
         except ValueError as error:
@@ -87,15 +89,33 @@ class Core:
             max_queued_requests=config.max_queued_requests,
             max_queued_bytes=config.max_queued_bytes,
             max_stream_requests=config.max_stream_requests,
+            max_groups=config.max_groups,
         )
         self.methods: list[Method] = LossService(self.pipeline, description).methods()
+        if config.open_inference:
+            self.methods += OpenInferenceService(
+                self.pipeline,
+                OpenInferenceDescription(
+                    server_version=__version__,
+                    device=worker.device,
+                    max_message_bytes=config.max_message_bytes,
+                    max_queued_requests=config.max_queued_requests,
+                    max_stream_requests=config.max_stream_requests,
+                ),
+                is_ready=lambda: self.is_ready,
+            ).methods()
 
     async def warm_up(self) -> None:
         """Start the worker and wait until it is warm; from then on requests are served."""
         self.batcher.start()
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.wait_until_warm)
         self.pipeline.is_warm = True
-        self.metrics.ready.set(1)
+        self.set_ready(True)
+
+    def set_ready(self, is_ready: bool) -> None:
+        """Say whether requests are served."""
+        self.is_ready = is_ready
+        self.metrics.ready.set(is_ready)
 
     async def close(self) -> None:
         """Answer what still waits, and stop the worker."""
@@ -201,9 +221,10 @@ class Server:
     async def drain(self) -> None:
         """Stop without an error for anyone: say NOT_SERVING, serve on for the delay, refuse new calls, finish the rest."""
         logger.info("Draining: %s requests inside", self._core.batcher.admitted_requests)
-        self._core.metrics.ready.set(0)
+        self._core.set_ready(False)
         await self._health.set_ready(False)
         await asyncio.sleep(self.config.drain_delay_seconds)
+        self._core.pipeline.drain()
         await self._grpc.stop(self.config.drain_grace_seconds)
         await self.stop()
 

@@ -92,12 +92,23 @@ class ServerConfig:
         least=1,
         most=INT32_MAX,
     )
+    max_groups: int = _setting(
+        4096,
+        "Most groups of one accumulation; each takes about a kilobyte for each of its losses while the stream is open, and "
+        "as little in every snapshot.",
+        least=1,
+        most=INT32_MAX,
+    )
     max_batch_requests: int = _setting(256, "Most requests in a batch; bounds how long a batch's first waits.", least=1)
     max_batch_elements: int = _setting(
         16 * MIB, "Most elements in a batch; larger batches gain nothing and add latency.", least=1
     )
     max_batch_bytes: int = _setting(
         256 * MIB, "Most bytes in a batch, answers included; bounds the memory on the device.", least=1
+    )
+    open_inference: bool = _setting(
+        True,
+        "Serve the Open Inference Protocol too, on the same port and from the same batches, for Triton's clients and tools.",
     )
     reflection: bool = _setting(
         False, "Serve gRPC reflection, for tools such as grpcurl. Off, because it is of no use to clients."

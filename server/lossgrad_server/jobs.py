@@ -134,7 +134,8 @@ class JobPlan:
     Promised by whoever makes one: 1 to MAX_SPECS specs; at most MAX_RANK dimensions; input and target broadcast to
     `result_shape`, weight (floating point) and mask (bool) to it without extending it; at least one of input and target
     is floating point, and input is if a spec includes the gradient; per-sample reductions come with at least one
-    dimension; a denominator only with a mean.
+    dimension; a denominator only with a mean. `wants_totals` asks for a SPEC_TOTAL record of each spec beside its answer
+    (work.py), and comes with mean, sum and none only.
     """
 
     specs: tuple[SpecPlan, ...]
@@ -142,6 +143,7 @@ class JobPlan:
     target: TensorPlan
     weight: TensorPlan | None = None
     mask: TensorPlan | None = None
+    wants_totals: bool = False
 
     @cached_property
     def result_shape(self) -> tuple[int, ...]:
@@ -211,7 +213,8 @@ class JobPlan:
     @cached_property
     def header(self) -> bytes:
         """The plan packed: a fixed-size record, one for each spec, one for each tensor. `unpack_header` reads it."""
-        parts = [_HEADER.pack(_VERSION, len(self.specs), self.weight is not None, self.mask is not None)]
+        has_weight, has_mask = self.weight is not None, self.mask is not None
+        parts = [_HEADER.pack(_VERSION, len(self.specs), has_weight, has_mask, self.wants_totals)]
         for spec in self.specs:
             denominator = math.nan if spec.denominator is None else spec.denominator
             parts.append(
@@ -225,8 +228,8 @@ class JobPlan:
         return b"".join(parts)
 
 
-_VERSION: Final = 1
-_HEADER: Final = struct.Struct("<BB??4x")  # version, spec count, has weight, has mask
+_VERSION: Final = 2
+_HEADER: Final = struct.Struct("<BB???3x")  # version, spec count, has weight, has mask, wants totals
 _SPEC: Final = struct.Struct(
     "<BB?5xddd"
 )  # kind, reduction, include_gradient, parameter, denominator (NaN: none), scale
@@ -236,7 +239,7 @@ _TENSOR: Final = struct.Struct(f"<BB6x{MAX_RANK}q")  # data type, rank, shape
 @lru_cache(maxsize=4096)
 def unpack_header(header: bytes) -> JobPlan:
     """Return the plan that `JobPlan.header` packed. Cached, because callers repeat themselves."""
-    version, spec_count, has_weight, has_mask = _HEADER.unpack_from(header, 0)
+    version, spec_count, has_weight, has_mask, wants_totals = _HEADER.unpack_from(header, 0)
     if version != _VERSION:
         raise ValueError(f"job header has version {version}, this worker reads {_VERSION}; restart both sides")
     offset = _HEADER.size
@@ -265,6 +268,7 @@ def unpack_header(header: bytes) -> JobPlan:
         target=tensors[1],
         weight=tensors[2] if has_weight else None,
         mask=tensors[-1] if has_mask else None,
+        wants_totals=wants_totals,
     )
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
@@ -37,6 +38,8 @@ UNKNOWN: Final = "unknown"  # the loss label of a request that was refused befor
 
 _OUTCOMES: Final = {
     Code.INVALID_ARGUMENT: "invalid",
+    Code.NOT_FOUND: "invalid",
+    Code.ALREADY_EXISTS: "invalid",
     Code.DEADLINE_EXCEEDED: "deadline",
     Code.CANCELLED: "cancelled",
     Code.UNAVAILABLE: "overloaded",
@@ -55,6 +58,14 @@ _REJECTIONS: Final = {
     Reason.DEADLINE_PASSED: "deadline",
 }
 _UTILIZATION_WINDOW_SECONDS: Final = 10.0
+
+
+class SliceOutcome(StrEnum):
+    """What became of a slice of an accumulation."""
+
+    COUNTED = "counted"
+    REPEATED = "repeated"  # the state that the stream went on from held it
+    FAILED = "failed"
 
 
 class QueueState(Protocol):
@@ -167,6 +178,11 @@ class Metrics:
             ("loss",),
             registry=registry,
         )
+        self.accumulations = Gauge("lossgrad_accumulations", "AccumulateLoss streams that are open.", registry=registry)
+        slices = Counter(
+            "lossgrad_accumulation_slices", "Slices of accumulations by outcome.", ("outcome",), registry=registry
+        )
+        self.slices = {outcome: slices.labels(outcome) for outcome in SliceOutcome}
         # process_start_time_seconds, process_resident_memory_bytes ... under the names that everybody knows.
         ProcessCollector(registry=registry)
         self.ready = Gauge("lossgrad_ready", "1 while requests are served, otherwise 0.", registry=registry)

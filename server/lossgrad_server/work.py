@@ -18,22 +18,82 @@ Buffer = bytes | bytearray | memoryview
 
 # One for each spec: scalar loss (0 where the loss is a tensor), element count, weight sum, non-finite count.
 SPEC_RESULT: Final = struct.Struct("<dqdq")
+# The most doubles that an exact sum of doubles takes: each covers 53 of the 2,098 bits that a double may have.
+MAX_PARTIALS: Final = 40
+# One for each spec of a job that wants totals: the fields of SpecTotal, each sum as a count and room for so many.
+SPEC_TOTAL: Final = struct.Struct(f"<ddq{MAX_PARTIALS}dq{MAX_PARTIALS}d")
 
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """One request to compute: `JobPlan.header`, and each of `JobPlan.operands` as bytes: read-only, at any address."""
+    """One request to compute: `JobPlan.header`, and each of `JobPlan.operands` as bytes: read-only, at any address.
+
+    `destinations` is empty, or says for each of `JobPlan.outputs` where its bytes are wanted: writable memory of its
+    length at any address, or None for wherever the worker likes. A destination may be the very bytes of an operand of the
+    same length, and otherwise overlaps none. A worker that writes there returns that buffer as the output. A worker need
+    not: then whoever made the item copies.
+    """
 
     header: bytes
     operands: tuple[Buffer, ...]
+    destinations: tuple[Buffer | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class WorkResult:
-    """One request computed: a SPEC_RESULT record for each spec, and the bytes of each of `JobPlan.outputs`."""
+    """One request computed: a SPEC_RESULT record for each spec, and the bytes of each of `JobPlan.outputs`.
+
+    `totals` holds a SPEC_TOTAL record for each spec where the plan wants them.
+    """
 
     scalars: bytes
     outputs: tuple[Buffer, ...]
+    totals: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class SpecTotal:
+    """What a spec's losses over a part of the elements add to those over others: the exact sums, before any division.
+
+    The elements are cut into chunks of 4096 from the job's start. The losses of each chunk, times their weights, become
+    one float64, and so do its weights; the sums are exactly those of the chunks' numbers. So parts of a tensor that is cut
+    between two chunks add up, in any order, to what the whole one gives, and its mean and sum are, to the bit, the first
+    of `partials` (0.0 where there is none), and that over the first of `weight_partials`.
+
+    A sum is the float64 nearest to it, then the one nearest to what that leaves, and so on until nothing is left: none
+    for 0. It is one infinity where the sum is beyond float64, and one NaN where a term is NaN, or infinities differ.
+    """
+
+    # Of the elements' losses times their weights, as they are before they are rounded to the output's type; masked ones
+    # and NaN left out. inf and -inf where no element is left.
+    minimum: float
+    maximum: float
+    partials: tuple[float, ...]
+    # Of the weights of the elements that are not masked; their number where there are no weights.
+    weight_partials: tuple[float, ...]
+
+    def pack(self) -> bytes:
+        """Return the SPEC_TOTAL record."""
+        sums: list[float] = []
+        for partials in (self.partials, self.weight_partials):
+            sums += [len(partials), *partials, *[0.0] * (MAX_PARTIALS - len(partials))]
+        return SPEC_TOTAL.pack(self.minimum, self.maximum, *sums)
+
+
+def unpack_totals(totals: bytes) -> list[SpecTotal]:
+    """Return the records of `WorkResult.totals`."""
+    records: list[SpecTotal] = []
+    for minimum, maximum, *sums in SPEC_TOTAL.iter_unpack(totals):
+        partials, weight_partials = sums[: MAX_PARTIALS + 1], sums[MAX_PARTIALS + 1 :]
+        records.append(
+            SpecTotal(
+                minimum,
+                maximum,
+                tuple(partials[1 : 1 + partials[0]]),
+                tuple(weight_partials[1 : 1 + weight_partials[0]]),
+            )
+        )
+    return records
 
 
 class FailureKind(IntEnum):

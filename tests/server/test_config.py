@@ -22,6 +22,7 @@ SPECIAL: dict[str, tuple[str, Any]] = {
     "engine": ("plain", "plain"),
     "log_level": ("debug", "debug"),
     "log_format": ("json", "json"),
+    "open_inference": ("false", False),
 }
 
 

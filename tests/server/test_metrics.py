@@ -15,7 +15,7 @@ from lossgrad_api.codec import SERVICE
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_api.v1.loss_service_pb2_grpc import LossServiceStub
 from lossgrad_server.errors import Code, Reason, RequestError
-from lossgrad_server.metrics import Metrics
+from lossgrad_server.metrics import Metrics, SliceOutcome
 from tests.server.calling import Connect, failure, stub_on
 from tests.server.requests import L1, SMOOTH_L1, request
 from tests.server.scraping import Scrape, labelled
@@ -161,6 +161,7 @@ COUNTERS = [
     "lossgrad_batches",
     "lossgrad_rejected",
     "lossgrad_nonfinite_results",
+    "lossgrad_accumulation_slices",
     "process_cpu_seconds",
 ]
 HISTOGRAMS = [
@@ -173,6 +174,7 @@ HISTOGRAMS = [
     "lossgrad_batch_elements",
 ]
 GAUGES = [
+    "lossgrad_accumulations",
     "lossgrad_ready",
     "lossgrad_build_info",
     "lossgrad_queue_requests",
@@ -253,9 +255,10 @@ def test_what_callers_name_adds_no_series(running: RunningServer, connect: Conne
 CLOSED = {
     "loss": {"smooth_l1", "huber", "l1", "mse", "mixed", "unknown"},
     "mode": {"loss", "loss_grad", "unknown"},
-    "api": {"native", "stream"},
+    "api": {"native", "stream", "accumulate"},
     "outcome": {
         "ok", "invalid", "overloaded", "too_large", "deadline", "cancelled", "oom", "device", "internal",
+        *SliceOutcome,
     },
     "stage": {"decode", "queue", "pack", "compute", "unpack", "encode"},
     "device": {"cpu"},
@@ -287,7 +290,7 @@ def test_every_error_has_an_outcome_and_a_rejection_from_the_closed_sets(metrics
             metrics.failed(None, "native", RequestError("", code=code, reason=reason))
     found = Scrape(generate_latest(metrics.registry).decode())
     outcomes = {dict(labels)["outcome"] for labels in found.of("lossgrad_requests_total")}
-    assert outcomes == CLOSED["outcome"] - {"ok"}
+    assert outcomes == CLOSED["outcome"] - {"ok", *SliceOutcome}
     assert sum(found.of("lossgrad_requests_total").values()) == len(Code) * len(Reason)
     assert {dict(labels)["reason"] for labels in found.of("lossgrad_rejected_total")} == CLOSED["reason"]
 

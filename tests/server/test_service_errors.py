@@ -18,7 +18,7 @@ from tests.server.calling import Connect, Failure, failure, failure_of, stub_on
 from tests.server.requests import request, zeros
 from tests.server.serving import PATIENCE_SECONDS, HeldWorker, RunningServer, StartServer, eventually, handled
 
-INVALID_ARGUMENT, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 3, 4, 8, 12, 13, 14
+INVALID_ARGUMENT, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE = 3, 4, 8, 13, 14
 PUSHBACK = "grpc-retry-pushback-ms"
 
 GOOD = request([1.0, 2.0], [3.0, 5.0])
@@ -91,14 +91,6 @@ def test_more_requests_in_a_message_than_the_limit_are_refused(start_server: Sta
     assert (error.code, error.info.reason) == (INVALID_ARGUMENT, "TOO_MANY_REQUESTS_IN_MESSAGE")
     assert "more than 4 requests" in error.message
     assert [field for field, _, _ in error.violations] == ["requests"]
-
-
-def test_accumulation_is_told_to_be_missing_in_our_own_words(stub: LossServiceStub) -> None:
-    with pytest.raises(grpc.RpcError) as caught:
-        list(stub.AccumulateLoss(iter([pb.AccumulateLossRequest()]), timeout=PATIENCE_SECONDS))
-    error = failure_of(caught.value)
-    assert (error.code, error.info.reason) == (UNIMPLEMENTED, "UNIMPLEMENTED")
-    assert "AccumulateLoss is not served by lossgrad-server" in error.message
 
 
 # ---- Sizes ----

@@ -72,6 +72,7 @@ class StalledCall:
     method = codec.STREAM_COMPUTE_LOSS
     metadata: dict[str, str | bytes] = {}  # noqa: RUF012
     deadline = None
+    peer = "inproc"
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,9 @@ def test_what_is_in_the_batch_changes_no_bit_of_an_answer(start_server: StartSer
 
 
 def test_the_server_tells_what_it_is_and_its_limits(start_server: StartServer, connect: Connect) -> None:
-    running = start_server(max_message_bytes=1 << 20, max_queued_requests=3, max_queued_bytes=4, max_stream_requests=5)
+    running = start_server(
+        max_message_bytes=1 << 20, max_queued_requests=3, max_queued_bytes=4, max_stream_requests=5, max_groups=6
+    )
     info = stub_on(connect(running.address)).GetServerInfo(pb.GetServerInfoRequest())
     assert info.server_version == lossgrad_server.__version__
     assert info.torch_version == torch.__version__
@@ -144,5 +146,5 @@ def test_the_server_tells_what_it_is_and_its_limits(start_server: StartServer, c
     assert list(info.data_types) == list(range(1, 11))
     assert info.determinism
     assert info.limits == pb.ServerLimits(
-        max_message_bytes=1 << 20, max_queued_requests=3, max_queued_bytes=4, max_stream_requests=5
+        max_message_bytes=1 << 20, max_queued_requests=3, max_queued_bytes=4, max_stream_requests=5, max_groups=6
     )

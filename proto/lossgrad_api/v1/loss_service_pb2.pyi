@@ -179,16 +179,18 @@ class AccumulateLossResponse(_message.Message):
     def __init__(self, slice: _Optional[_Union[SliceResult, _Mapping]] = ..., snapshot: _Optional[_Union[Accumulation, _Mapping]] = ..., total: _Optional[_Union[Accumulation, _Mapping]] = ...) -> None: ...
 
 class AccumulationConfig(_message.Message):
-    __slots__ = ("specs", "element_count", "resume_from", "snapshot_every_slices")
+    __slots__ = ("specs", "element_count", "resume_from", "snapshot_every_slices", "allow_broadcast")
     SPECS_FIELD_NUMBER: _ClassVar[int]
     ELEMENT_COUNT_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_EVERY_SLICES_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_BROADCAST_FIELD_NUMBER: _ClassVar[int]
     specs: _containers.RepeatedCompositeFieldContainer[LossSpec]
     element_count: int
     resume_from: Accumulation
     snapshot_every_slices: int
-    def __init__(self, specs: _Optional[_Iterable[_Union[LossSpec, _Mapping]]] = ..., element_count: _Optional[int] = ..., resume_from: _Optional[_Union[Accumulation, _Mapping]] = ..., snapshot_every_slices: _Optional[int] = ...) -> None: ...
+    allow_broadcast: bool
+    def __init__(self, specs: _Optional[_Iterable[_Union[LossSpec, _Mapping]]] = ..., element_count: _Optional[int] = ..., resume_from: _Optional[_Union[Accumulation, _Mapping]] = ..., snapshot_every_slices: _Optional[int] = ..., allow_broadcast: bool = ...) -> None: ...
 
 class Slice(_message.Message):
     __slots__ = ("sequence", "group", "mask", "weight", "target", "input")
@@ -215,12 +217,16 @@ class SliceResult(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., results: _Optional[_Iterable[_Union[LossResult, _Mapping]]] = ...) -> None: ...
 
 class Accumulation(_message.Message):
-    __slots__ = ("last_sequence", "groups")
+    __slots__ = ("last_sequence", "groups", "specs", "element_count")
     LAST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
+    SPECS_FIELD_NUMBER: _ClassVar[int]
+    ELEMENT_COUNT_FIELD_NUMBER: _ClassVar[int]
     last_sequence: int
     groups: _containers.RepeatedCompositeFieldContainer[GroupState]
-    def __init__(self, last_sequence: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupState, _Mapping]]] = ...) -> None: ...
+    specs: _containers.RepeatedCompositeFieldContainer[LossSpec]
+    element_count: int
+    def __init__(self, last_sequence: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupState, _Mapping]]] = ..., specs: _Optional[_Iterable[_Union[LossSpec, _Mapping]]] = ..., element_count: _Optional[int] = ...) -> None: ...
 
 class GroupState(_message.Message):
     __slots__ = ("group", "states")
@@ -231,20 +237,22 @@ class GroupState(_message.Message):
     def __init__(self, group: _Optional[str] = ..., states: _Optional[_Iterable[_Union[LossState, _Mapping]]] = ...) -> None: ...
 
 class LossState(_message.Message):
-    __slots__ = ("partial_sums", "element_count", "weight_sum", "min", "max", "nonfinite_count")
+    __slots__ = ("partial_sums", "element_count", "weight_sum", "min", "max", "nonfinite_count", "weight_partial_sums")
     PARTIAL_SUMS_FIELD_NUMBER: _ClassVar[int]
     ELEMENT_COUNT_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_SUM_FIELD_NUMBER: _ClassVar[int]
     MIN_FIELD_NUMBER: _ClassVar[int]
     MAX_FIELD_NUMBER: _ClassVar[int]
     NONFINITE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_PARTIAL_SUMS_FIELD_NUMBER: _ClassVar[int]
     partial_sums: _containers.RepeatedScalarFieldContainer[float]
     element_count: int
     weight_sum: float
     min: float
     max: float
     nonfinite_count: int
-    def __init__(self, partial_sums: _Optional[_Iterable[float]] = ..., element_count: _Optional[int] = ..., weight_sum: _Optional[float] = ..., min: _Optional[float] = ..., max: _Optional[float] = ..., nonfinite_count: _Optional[int] = ...) -> None: ...
+    weight_partial_sums: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, partial_sums: _Optional[_Iterable[float]] = ..., element_count: _Optional[int] = ..., weight_sum: _Optional[float] = ..., min: _Optional[float] = ..., max: _Optional[float] = ..., nonfinite_count: _Optional[int] = ..., weight_partial_sums: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
@@ -267,13 +275,15 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, server_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., device: _Optional[str] = ..., data_types: _Optional[_Iterable[_Union[_tensor_pb2.DataType, str]]] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., determinism: _Optional[str] = ...) -> None: ...
 
 class ServerLimits(_message.Message):
-    __slots__ = ("max_message_bytes", "max_queued_requests", "max_queued_bytes", "max_stream_requests")
+    __slots__ = ("max_message_bytes", "max_queued_requests", "max_queued_bytes", "max_stream_requests", "max_groups")
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_STREAM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_GROUPS_FIELD_NUMBER: _ClassVar[int]
     max_message_bytes: int
     max_queued_requests: int
     max_queued_bytes: int
     max_stream_requests: int
-    def __init__(self, max_message_bytes: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., max_queued_bytes: _Optional[int] = ..., max_stream_requests: _Optional[int] = ...) -> None: ...
+    max_groups: int
+    def __init__(self, max_message_bytes: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., max_queued_bytes: _Optional[int] = ..., max_stream_requests: _Optional[int] = ..., max_groups: _Optional[int] = ...) -> None: ...

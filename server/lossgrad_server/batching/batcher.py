@@ -15,6 +15,7 @@ under way, and the batcher waits for the oldest only when there is nothing to su
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -44,14 +45,16 @@ class BatchObserver(Protocol):
 class _Run:
     """A batch under way."""
 
-    __slots__ = ("batch", "is_large", "pending", "started_ns")
+    __slots__ = ("batch", "is_large", "number", "pending", "started_ns")
 
     pending: Pending
+    _numbers = itertools.count(1)
 
     def __init__(self, batch: Batch, started_ns: int, is_large: bool) -> None:
         self.batch = batch
         self.started_ns = started_ns
         self.is_large = is_large
+        self.number = next(self._numbers)
 
 
 class Batcher:
@@ -306,7 +309,7 @@ class Batcher:
     def _result(self, run: _Run) -> list[tuple[Job, Outcome]]:
         try:
             result = run.pending.result()
-            outcomes = self._outcomes(run.batch, result)
+            outcomes = self._outcomes(run, result)
         except Exception as error:
             return self._failed(run, error)
         self._observer.batch_done(run.batch, result, time.perf_counter_ns() - run.started_ns)
@@ -323,7 +326,8 @@ class Batcher:
         logger.error("The worker of %s failed %s jobs", self._worker.device, len(run.batch.jobs), exc_info=error)
         return [(job, InternalError()) for job in run.batch.jobs]
 
-    def _outcomes(self, batch: Batch, result: BatchResult) -> list[tuple[Job, Outcome]]:
+    def _outcomes(self, run: _Run, result: BatchResult) -> list[tuple[Job, Outcome]]:
+        batch = run.batch
         outcomes: list[tuple[Job, Outcome]] = []
         for job, outcome in zip(batch.jobs, result.outcomes, strict=True):
             if isinstance(outcome, WorkFailure):
@@ -337,6 +341,7 @@ class Batcher:
                     unpack_ns=result.unpack_ns,
                     batch_request_count=len(batch.jobs),
                     batch_element_count=batch.element_count,
+                    batch_number=run.number,
                 )
                 outcomes.append((job, computed))
         return outcomes

@@ -12,7 +12,10 @@ from lossgrad_server.work import WorkItem, WorkResult
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A job's result, where its time went in nanoseconds, and the batch that it was part of."""
+    """A job's result, where its time went in nanoseconds, and the batch that it was part of.
+
+    `batch_number` is the batch's own: the jobs of one batch are handed back one after the other.
+    """
 
     result: WorkResult
     queue_ns: int
@@ -21,6 +24,7 @@ class Computed:
     unpack_ns: int
     batch_request_count: int
     batch_element_count: int
+    batch_number: int
 
 
 class Job:

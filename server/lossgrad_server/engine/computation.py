@@ -2,7 +2,7 @@
 
 Every spec is one walk over the result's elements in pieces, so that the float64 temporaries are a few pieces large
 however large the job is. Only a gradient that has to be summed back to a broadcast operand is held whole in float64.
-The size of a piece changes no bits (reductions.py).
+The size of a piece changes no bits (reductions.py). Sums over all elements are exact sums of their chunks' (exact_sums.py).
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lossgrad_server.engine.exact_sums import exact_sum, rounded
 from lossgrad_server.engine.losses import loss_and_derivative
 from lossgrad_server.engine.reductions import CHUNK_ELEMENTS, RowSums, sum_to_shape
 from lossgrad_server.engine.tensors import TORCH_TYPES, OperandReader, round_into
 from lossgrad_server.jobs import DataType, JobPlan, Reduction, Role, SpecPlan
+from lossgrad_server.work import SpecTotal
 
 # How many float64 arrays of a piece's length live at a time, counted from above.
 _TEMPORARIES_PER_PIECE = 8
@@ -25,10 +27,14 @@ _TEMPORARIES_PER_PIECE = 8
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A job's answer, on the device. `numbers` is float64, a row for each spec: the fields of SPEC_RESULT."""
+    """A job's answer, on the device. `numbers` is float64, a row for each spec: the fields of SPEC_RESULT.
+
+    `totals` is a record for each spec, where the plan wants them.
+    """
 
     numbers: Tensor
     outputs: list[Tensor]
+    totals: list[SpecTotal]
 
 
 def required_bytes(plan: JobPlan, piece_elements: int) -> int:
@@ -73,12 +79,13 @@ class Computation:
         self._difference_dtype = torch.float64 if plan.result_type == DataType.FLOAT64 else torch.float32
 
     def run(self) -> Computed:
-        """Compute every spec. On CUDA this only launches the work."""
+        """Compute every spec. On CUDA this waits where a sum is of more than one chunk."""
         plan = self._plan
         counts = self._count_elements()
-        weight_sums = self._sum_weights(per_sample=False)
+        weights = self._sum_weights()
+        weight_sums = self._full(1, rounded(weights))
         if any(spec.reduction == Reduction.SAMPLE_MEAN and spec.denominator is None for spec in plan.specs):
-            sample_weight_sums = self._sum_weights(per_sample=True)
+            sample_weight_sums = self._sum_weights_of_samples()
         else:
             sample_weight_sums = weight_sums
         outputs = [
@@ -86,6 +93,7 @@ class Computation:
             for output in plan.outputs
         ]
         rows: list[Tensor] = []
+        totals: list[SpecTotal] = []
         for index, spec in enumerate(plan.specs):
             of_spec = {
                 output.role: tensor
@@ -93,18 +101,28 @@ class Computation:
                 if output.spec_index == index
             }
             divisors = sample_weight_sums if spec.reduction.is_per_sample else weight_sums
-            scalar, nonfinite_count = self._compute(spec, divisors, of_spec)
+            extremes = _Extremes(self._device) if plan.wants_totals else None
+            scalar, nonfinite_count, total = self._compute(spec, divisors, of_spec, extremes)
             rows.append(torch.stack((scalar, counts, weight_sums[0], nonfinite_count)))
-        return Computed(torch.stack(rows), outputs)
+            if extremes is not None:
+                totals.append(SpecTotal(*extremes.result(), total, weights))
+        return Computed(torch.stack(rows), outputs, totals)
 
-    def _compute(self, spec: SpecPlan, weight_sums: Tensor, outputs: dict[Role, Tensor]) -> tuple[Tensor, Tensor]:
-        """Fill the spec's outputs; return its scalar and its count of non-finite losses, both 0-d float64."""
+    def _compute(
+        self, spec: SpecPlan, weight_sums: Tensor, outputs: dict[Role, Tensor], extremes: _Extremes | None
+    ) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+        """Fill the spec's outputs and extremes.
+
+        Returns its scalar and its count of non-finite losses, both 0-d float64, and the exact sum of its losses, which
+        is none where nothing needs it.
+        """
         row_count, row_length = self._rows(spec.reduction.is_per_sample)
         divisors: Tensor | None = None
         if spec.reduction.is_mean:
             # A tensor, not a number, for the reason given in losses.py.
             divisors = weight_sums if spec.denominator is None else self._full(row_count, spec.denominator)
-        sums = None if spec.reduction == Reduction.NONE else RowSums(row_count, row_length, self._device)
+        is_summed = spec.reduction != Reduction.NONE or extremes is not None
+        sums = RowSums(row_count, row_length, self._device) if is_summed else None
         gradients = _GradientSinks(self._plan, outputs, self._device) if spec.include_gradient else None
         nonfinite_count = torch.zeros((), dtype=torch.int64, device=self._device)
 
@@ -122,11 +140,13 @@ class Computation:
 
             if weight is not None:
                 loss.mul_(weight)
+            if extremes is not None:
+                extremes.add(loss, masked_out)
             if masked_out is not None:
                 loss.masked_fill_(masked_out, 0.0)
-            if sums is None:
+            if spec.reduction == Reduction.NONE:
                 round_into(outputs[Role.LOSS][start:stop], loss)
-            else:
+            if sums is not None:
                 sums.add(loss.view(rows, columns), first_row, first_column)
 
             if gradients is not None:
@@ -144,15 +164,17 @@ class Computation:
         if gradients is not None:
             gradients.finish()
         scalar = torch.zeros((), dtype=torch.float64, device=self._device)
-        if sums is not None:
-            totals = sums.totals()
-            if divisors is not None:
-                totals = totals / divisors
+        total: tuple[float, ...] = ()
+        if sums is not None and spec.reduction.is_per_sample:
+            of_rows = sums.totals()
+            round_into(outputs[Role.LOSS], of_rows if divisors is None else of_rows / divisors)
+        elif sums is not None:
+            total = sums.total()
             if spec.reduction.is_scalar:
-                scalar = totals[0]
-            else:
-                round_into(outputs[Role.LOSS], totals)
-        return scalar, nonfinite_count.to(torch.float64)
+                (scalar,) = self._full(1, rounded(total)) / (1.0 if divisors is None else divisors)
+                # Of the many NaNs, 0 / 0 gives another one.
+                scalar = scalar.masked_fill(scalar.isnan(), math.nan)
+        return scalar, nonfinite_count.to(torch.float64), total
 
     def _difference(self, start: int, stop: int) -> Tensor:
         """Return d = input - target as float64, for the caller to overwrite."""
@@ -169,11 +191,20 @@ class Computation:
             count += self._mask.read(start, min(start + self._piece_elements, self._plan.element_count)).count_nonzero()
         return count.to(torch.float64)
 
-    def _sum_weights(self, *, per_sample: bool) -> Tensor:
-        """Return the sum of the unmasked elements' weights: of each sample, or of all as the only element."""
-        row_count, row_length = self._rows(per_sample)
+    def _sum_weights(self) -> tuple[float, ...]:
+        """Return the exact sum of the unmasked elements' weights."""
+        if self._weight is None and self._mask is None:
+            return exact_sum([float(self._plan.element_count)])
+        return self._add_weights(*self._rows(per_sample=False)).total()
+
+    def _sum_weights_of_samples(self) -> Tensor:
+        """Return the sum of the unmasked elements' weights of each sample."""
+        row_count, row_length = self._rows(per_sample=True)
         if self._weight is None and self._mask is None:
             return self._full(row_count, float(row_length))
+        return self._add_weights(row_count, row_length).totals()
+
+    def _add_weights(self, row_count: int, row_length: int) -> RowSums:
         sums = RowSums(row_count, row_length, self._device)
         for first_row, rows, first_column, columns in self._pieces(row_count, row_length):
             start = first_row * row_length + first_column
@@ -187,7 +218,7 @@ class Computation:
                 if self._mask is not None:
                     weight.masked_fill_(self._mask.read(start, stop).logical_not_(), 0.0)
             sums.add(weight.view(rows, columns), first_row, first_column)
-        return sums.totals()
+        return sums
 
     def _full(self, length: int, value: float) -> Tensor:
         return torch.full((length,), value, dtype=torch.float64, device=self._device)
@@ -210,6 +241,27 @@ class Computation:
             rows_per_piece = self._piece_elements // row_length
             for row in range(0, row_count, rows_per_piece):
                 yield row, min(rows_per_piece, row_count - row), 0, row_length
+
+
+class _Extremes:
+    """The least and the greatest of a spec's losses, NaN and masked ones left out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._minimum = torch.full((), math.inf, dtype=torch.float64, device=device)
+        self._maximum = -self._minimum
+
+    def add(self, losses: Tensor, masked_out: Tensor | None) -> None:
+        """Take in the losses of at least one element."""
+        left_out = losses.isnan()
+        if masked_out is not None:
+            left_out.logical_or_(masked_out)
+        self._minimum = torch.minimum(self._minimum, losses.masked_fill(left_out, math.inf).amin())
+        self._maximum = torch.maximum(self._maximum, losses.masked_fill(left_out, -math.inf).amax())
+
+    def result(self) -> tuple[float, float]:
+        """Return them. Waits for the device."""
+        # A weight may be negative, and -0.0 and 0.0 are one number.
+        return self._minimum.item() + 0.0, self._maximum.item() + 0.0
 
 
 class _GradientSinks:

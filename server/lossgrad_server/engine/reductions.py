@@ -1,8 +1,8 @@
 """Sums whose bits depend on the values and their positions only: not on threads, pieces, devices or company.
 
 torch.sum promises no order: it follows the thread count on a CPU and the launch shape on a GPU. Here every row is cut
-into chunks of CHUNK_ELEMENTS from its own start, each chunk is folded in half until one partial is left, and the
-partials are folded likewise. Each step is an elementwise addition, which IEEE 754 fixes to the bit.
+into chunks of CHUNK_ELEMENTS from its own start, and each chunk is folded in half until one partial is left: elementwise
+additions, which IEEE 754 fixes to the bit. The partials are added exactly, in Python, or folded likewise on their device.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Final
 
 import torch
 from torch import Tensor
+
+from lossgrad_server.engine.exact_sums import exact_sum, rounded
 
 CHUNK_ELEMENTS: Final = 4096
 
@@ -38,8 +40,23 @@ class RowSums:
         if rest:
             partials[:, whole_chunks] = _fold(values[:, whole_chunks * CHUNK_ELEMENTS :])
 
+    def total(self) -> tuple[float, ...]:
+        """Return the exact sum of the partials of a matrix's only row, when the last piece was added. Waits for it."""
+        (partials,) = self._partials.tolist()
+        return exact_sum(partials)
+
     def totals(self) -> Tensor:
-        """Return each row's sum; 0 for a row without elements. To be called once, after the last piece."""
+        """Return the exact sum of each row's partials, rounded once; 0 for a row without elements.
+
+        Waits for the last piece where rows have more than one chunk.
+        """
+        if self._partials.shape[1] == 1:
+            return self._partials[:, 0]
+        totals = [rounded(exact_sum(partials)) for partials in self._partials.tolist()]
+        return torch.tensor(totals, dtype=torch.float64, device=self._partials.device)
+
+    def folded(self) -> Tensor:
+        """Return each row's sum as `totals` does, but folded on the device. To be called once, after the last piece."""
         if self._partials.shape[1] == 0:
             return self._partials.new_zeros(self._partials.shape[0])
         return _fold(self._partials)
@@ -60,7 +77,7 @@ def sum_to_shape(values: Tensor, shape: tuple[int, ...]) -> Tensor:
         # The copy puts the elements that are summed together side by side, and is what may be overwritten.
         rows = values.permute(kept + summed).clone(memory_format=torch.contiguous_format)
         sums.add(rows.view(row_count, row_length), 0, 0)
-    return sums.totals()
+    return sums.folded()
 
 
 def _fold(values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The worker that computes with plain torch operations, request after request, on the CPU or one CUDA device.
 
 Owned by one thread, the batcher's: `warm_up`, `run` and `close` are called from it, and nothing here locks. On CUDA
-everything runs on that thread's current stream; `run` launches all it can and waits once, at the end, for an event.
+everything runs on that thread's current stream; `run` waits for it where it needs a sum, and at the end, for an event.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class TorchWorker:
             return _Launched(computed)
         # The device's copies may be reused at once: what comes next on the stream runs after the copy to the host.
         outputs = [_copy_to_host(output) for output in computed.outputs]
-        return _Launched(Computed(_copy_to_host(computed.numbers), outputs))
+        return _Launched(Computed(_copy_to_host(computed.numbers), outputs, computed.totals))
 
     def _wait(self) -> WorkFailure | None:
         """Wait until all that was launched is done. Returns what to answer where the device failed meanwhile."""
@@ -180,7 +180,8 @@ class _Launched:
             SPEC_RESULT.pack(scalar, int(element_count), weight_sum, int(nonfinite_count))
             for scalar, element_count, weight_sum, nonfinite_count in self.computed.numbers.tolist()
         )
-        return WorkResult(scalars, tuple(read_only_bytes(output) for output in self.computed.outputs))
+        outputs = tuple(read_only_bytes(output) for output in self.computed.outputs)
+        return WorkResult(scalars, outputs, b"".join(total.pack() for total in self.computed.totals))
 
 
 def _copy_to_host(tensor: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ class Call(Protocol):
     def deadline(self) -> float | None:
         """When the caller stops waiting, on time.monotonic's clock, in seconds. None: never."""
 
+    @property
+    def peer(self) -> str:
+        """Where the call comes from, as gRPC writes it: "ipv4:127.0.0.1:51234", "unix:"; "inproc" in this process."""
+
 
 Send = Callable[[bytes], Awaitable[None]]
 UnaryHandler = Callable[[bytes, Call], Awaitable[bytes]]
@@ -36,9 +40,11 @@ StreamHandler = Callable[[AsyncIterator[bytes], Send, Call], Awaitable[None]]
 class Method:
     """One method of a service: its full name and its handler, which takes and gives messages as bytes.
 
-    Exactly one of `unary` and `stream` is set. A handler is cancelled, as a task, when its caller goes away.
+    Exactly one of `unary` and `stream` is set. A handler is cancelled, as a task, when its caller goes away. The metrics of
+    an occasional method begin with its first call, so that methods which most servers never see do not fill every scrape.
     """
 
     name: str
     unary: UnaryHandler | None = None
     stream: StreamHandler | None = None
+    is_occasional: bool = False

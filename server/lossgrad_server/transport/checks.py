@@ -8,6 +8,7 @@ and one that differs from a checked one in its elements' values only needs no ch
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 from lossgrad_api import codec
@@ -84,53 +85,66 @@ class RequestChecker:
         return plan, WorkItem(plan.header, tuple(views)), view.idempotency_key
 
     def _plan(self, request: pb.ComputeLossRequest, view: codec.RequestView) -> JobPlan:
-        specs = _check_specs(request)
-        for name in ("input", "target"):
-            if not request.HasField(name):
-                raise InvalidRequest(
-                    f"the request has no {name}; send input and target", reason=Reason.MISSING_FIELD, field=name
-                )
-        input = _check_tensor("input", request.input, view.input, _OPERANDS)
-        target = _check_tensor("target", request.target, view.target, _OPERANDS)
-        shape = _check_shapes(input, target, request.allow_broadcast)
-        if 0 in shape:
-            _check_extents("the result", shape, "target.shape")
-        if not (input.data_type.is_floating_point or target.data_type.is_floating_point):
-            raise InvalidRequest(
-                f"input is {_name(input.data_type)} and target is {_name(target.data_type)}; "
-                "send at least one of them as float16, bfloat16, float32 or float64",
-                reason=Reason.UNSUPPORTED_DATA_TYPE,
-                field="input.data_type",
-            )
-        weight = mask = None
-        if request.HasField("weight"):
-            weight = _check_tensor("weight", request.weight, view.weight, _WEIGHTS)
-            _check_beside("weight", weight.shape, shape, request.allow_broadcast)
-        if request.HasField("mask"):
-            mask = _check_tensor("mask", request.mask, view.mask, _MASKS)
-            _check_beside("mask", mask.shape, shape, request.allow_broadcast)
-        for index, spec in enumerate(specs):
-            _check_spec_fits(index, spec, input, shape)
-        plan = JobPlan(specs, input, target, weight, mask)
-        self._check_size(plan)
+        plan = plan_of(check_specs(request.specs), request, view, allow_broadcast=request.allow_broadcast)
+        check_size(plan, self._max_message_bytes)
         return plan
 
-    def _check_size(self, plan: JobPlan) -> None:
-        # A broadcast can ask for far more than was sent: two vectors of a million make 10^12 elements.
-        result_bytes = plan.element_count * plan.result_type.itemsize
-        answer_bytes = plan.output_byte_count + _RESPONSE_OVERHEAD_BYTES * len(plan.specs)
-        if result_bytes > self._max_message_bytes:
-            raise TooLarge(
-                f"the tensors broadcast to {list(plan.result_shape)}, {result_bytes} bytes; at most "
-                f"{self._max_message_bytes} are taken; send fewer rows at a time",
-                reason=Reason.RESULT_TOO_LARGE,
-            )
-        if answer_bytes > self._max_message_bytes:
-            raise TooLarge(
-                f"the answer would have {answer_bytes} bytes, at most {self._max_message_bytes} fit a message; ask for "
-                "fewer gradients or unreduced losses in one request, or send fewer rows at a time",
-                reason=Reason.RESULT_TOO_LARGE,
-            )
+
+def plan_of(
+    specs: tuple[SpecPlan, ...],
+    request: pb.ComputeLossRequest | pb.Slice,
+    view: codec.RequestView,
+    *,
+    allow_broadcast: bool,
+    wants_totals: bool = False,
+) -> JobPlan:
+    """Return the plan of checked specs over a request's tensors, of which `view` has the data. Raises RequestError."""
+    if not request.HasField("input") or not request.HasField("target"):
+        name = "target" if request.HasField("input") else "input"
+        raise InvalidRequest(
+            f"the request has no {name}; send input and target", reason=Reason.MISSING_FIELD, field=name
+        )
+    input = _check_tensor("input", request.input, view.input, _OPERANDS)
+    target = _check_tensor("target", request.target, view.target, _OPERANDS)
+    shape = _check_shapes(input, target, allow_broadcast)
+    if 0 in shape:
+        _check_extents("the result", shape, "target.shape")
+    if not (input.data_type.is_floating_point or target.data_type.is_floating_point):
+        raise InvalidRequest(
+            f"input is {_name(input.data_type)} and target is {_name(target.data_type)}; "
+            "send at least one of them as float16, bfloat16, float32 or float64",
+            reason=Reason.UNSUPPORTED_DATA_TYPE,
+            field="input.data_type",
+        )
+    weight = mask = None
+    if request.HasField("weight"):
+        weight = _check_tensor("weight", request.weight, view.weight, _WEIGHTS)
+        _check_beside("weight", weight.shape, shape, allow_broadcast)
+    if request.HasField("mask"):
+        mask = _check_tensor("mask", request.mask, view.mask, _MASKS)
+        _check_beside("mask", mask.shape, shape, allow_broadcast)
+    for index, spec in enumerate(specs):
+        _check_spec_fits(index, spec, input, shape)
+    return JobPlan(specs, input, target, weight, mask, wants_totals)
+
+
+def check_size(plan: JobPlan, max_message_bytes: int) -> None:
+    """Check that result and answer fit a message. Raises TooLarge."""
+    # A broadcast can ask for far more than was sent: two vectors of a million make 10^12 elements.
+    result_bytes = plan.element_count * plan.result_type.itemsize
+    answer_bytes = plan.output_byte_count + _RESPONSE_OVERHEAD_BYTES * len(plan.specs)
+    if result_bytes > max_message_bytes:
+        raise TooLarge(
+            f"the tensors broadcast to {list(plan.result_shape)}, {result_bytes} bytes; at most "
+            f"{max_message_bytes} are taken; send fewer rows at a time",
+            reason=Reason.RESULT_TOO_LARGE,
+        )
+    if answer_bytes > max_message_bytes:
+        raise TooLarge(
+            f"the answer would have {answer_bytes} bytes, at most {max_message_bytes} fit a message; ask for "
+            "fewer gradients or unreduced losses in one request, or send fewer rows at a time",
+            reason=Reason.RESULT_TOO_LARGE,
+        )
 
 
 def malformed(error: codec.CodecError) -> InvalidRequest:
@@ -145,14 +159,15 @@ def malformed(error: codec.CodecError) -> InvalidRequest:
     )
 
 
-def _check_specs(request: pb.ComputeLossRequest) -> tuple[SpecPlan, ...]:
-    if not 1 <= len(request.specs) <= MAX_SPECS:
+def check_specs(specs: Sequence[pb.LossSpec]) -> tuple[SpecPlan, ...]:
+    """Return a request's specs as plans. Raises RequestError."""
+    if not 1 <= len(specs) <= MAX_SPECS:
         raise InvalidRequest(
-            f"the request has {len(request.specs)} specs; send 1 to {MAX_SPECS}",
+            f"the request has {len(specs)} specs; send 1 to {MAX_SPECS}",
             reason=Reason.SPEC_COUNT,
             field="specs",
         )
-    return tuple(_check_spec(f"specs[{index}]", spec) for index, spec in enumerate(request.specs))
+    return tuple(_check_spec(f"specs[{index}]", spec) for index, spec in enumerate(specs))
 
 
 def _check_spec(path: str, spec: pb.LossSpec) -> SpecPlan:

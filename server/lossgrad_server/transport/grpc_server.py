@@ -79,6 +79,12 @@ class GrpcCall:
         remaining = self._context.time_remaining()
         return None if remaining is None else time.monotonic() + remaining
 
+    @property
+    def peer(self) -> str:
+        """Where the call comes from."""
+        peer: str = self._context.peer()
+        return peer
+
 
 def _handler(method: Method, metrics: Metrics, max_message_bytes: int) -> grpc.RpcMethodHandler[Any, Any]:
     # No (de)serializer: handlers take and give bytes, and what cannot be read is answered by ours, not by grpcio, which
@@ -91,7 +97,7 @@ def _handler(method: Method, metrics: Metrics, max_message_bytes: int) -> grpc.R
 def _unary(method: Method, metrics: Metrics, max_message_bytes: int) -> Any:
     handler = method.unary
     assert handler is not None  # noqa: S101 - for the type checker
-    watch = RpcWatch(metrics, method.name, "unary")
+    watch = RpcWatch(metrics, method, "unary")
 
     async def serve(request: bytes, context: Context) -> bytes:
         started = watch.started()
@@ -119,7 +125,7 @@ def _unary(method: Method, metrics: Metrics, max_message_bytes: int) -> Any:
 def _stream(method: Method, metrics: Metrics, max_message_bytes: int) -> Any:
     handler = method.stream
     assert handler is not None  # noqa: S101 - for the type checker
-    watch = RpcWatch(metrics, method.name, "bidi_stream")
+    watch = RpcWatch(metrics, method, "bidi_stream")
 
     async def serve(messages: AsyncIterator[bytes], context: Context) -> None:
         async def received() -> AsyncIterator[bytes]:
@@ -152,17 +158,27 @@ def _stream(method: Method, metrics: Metrics, max_message_bytes: int) -> Any:
 class RpcWatch:
     """Counts the RPCs of one method, in the series that go-grpc-prometheus has made known."""
 
-    def __init__(self, metrics: Metrics, method: str, grpc_type: str) -> None:
-        _, service, name = method.split("/")
-        labels = (grpc_type, service, name)
+    def __init__(self, metrics: Metrics, method: Method, grpc_type: str) -> None:
+        self._metrics = metrics
+        _, service, name = method.name.split("/")
+        self._labels = (grpc_type, service, name)
+        self._is_bound = False
+        if not method.is_occasional:
+            self._bind()
+
+    def _bind(self) -> None:
+        metrics, labels = self._metrics, self._labels
         self._started = metrics.grpc_started.labels(*labels)
         self._seconds = metrics.grpc_handling_seconds.labels(*labels)
         self._handled = {code.name: metrics.grpc_handled.labels(*labels, code.name) for code in grpc.StatusCode}
         self.received = metrics.grpc_received.labels(*labels)
         self.sent = metrics.grpc_sent.labels(*labels)
+        self._is_bound = True
 
     def started(self) -> float:
         """Count an RPC in; return when it started, for `handled`."""
+        if not self._is_bound:
+            self._bind()
         self._started.inc()
         return time.perf_counter()
 

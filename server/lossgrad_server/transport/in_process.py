@@ -59,6 +59,7 @@ class InProcessCall:
         self.method = method
         self.metadata: Mapping[str, str | bytes] = dict(metadata or ())
         self.deadline = None if timeout is None else time.monotonic() + timeout
+        self.peer = "inproc"
 
 
 class InProcessChannel:

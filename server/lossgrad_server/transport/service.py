@@ -9,10 +9,11 @@ from typing import Final
 
 from lossgrad_api import codec
 from lossgrad_api.v1 import loss_service_pb2 as pb
-from lossgrad_server.errors import Code, Reason, RequestError
+from lossgrad_server.errors import RequestError
 from lossgrad_server.jobs import DataType
+from lossgrad_server.transport.accumulate import AccumulationSession
 from lossgrad_server.transport.call import Call, Method, Send
-from lossgrad_server.transport.pipeline import Answer, PendingRequest, RequestPipeline, joined
+from lossgrad_server.transport.pipeline import Answer, PendingComputeLoss, RequestPipeline, joined
 from lossgrad_server.transport.stream import StreamSession
 
 API: Final = "native"
@@ -30,6 +31,7 @@ class ServiceDescription:
     max_queued_requests: int
     max_queued_bytes: int
     max_stream_requests: int
+    max_groups: int
 
 
 class LossService:
@@ -53,7 +55,7 @@ class LossService:
         """Answer a ComputeLossRequest with a ComputeLossResponse."""
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
-        def on_answer(_: PendingRequest, answer: Answer) -> None:
+        def on_answer(_: PendingComputeLoss, answer: Answer) -> None:
             if not answered.done():
                 answered.set_result(answer)
 
@@ -82,13 +84,14 @@ class LossService:
         await session.run(messages, call)
 
     async def accumulate_loss(self, messages: AsyncIterator[bytes], send: Send, call: Call) -> None:
-        """Refuse: accumulation is in the protocol, but not in this version of the server."""
-        raise RequestError(
-            f"AccumulateLoss is not served by lossgrad-server {self._description.server_version}; add up the sums and "
-            "counts of ComputeLoss, or use a newer server",
-            code=Code.UNIMPLEMENTED,
-            reason=Reason.UNIMPLEMENTED,
+        """Answer AccumulateLossRequests with AccumulateLossResponses."""
+        session = AccumulationSession(
+            self._pipeline,
+            send,
+            max_groups=self._description.max_groups,
+            max_message_bytes=self._description.max_message_bytes,
         )
+        await session.run(messages, call)
 
     async def get_server_info(self, request: bytes, call: Call) -> bytes:
         """Answer a GetServerInfoRequest with a GetServerInfoResponse."""
@@ -106,6 +109,7 @@ def _info(description: ServiceDescription) -> pb.GetServerInfoResponse:
             max_queued_requests=description.max_queued_requests,
             max_queued_bytes=description.max_queued_bytes,
             max_stream_requests=description.max_stream_requests,
+            max_groups=description.max_groups,
         ),
         determinism=description.determinism,
     )

@@ -19,7 +19,7 @@ from lossgrad_api import codec
 from lossgrad_server.errors import InvalidRequest, Reason, RequestError
 from lossgrad_server.transport.call import Call, Send
 from lossgrad_server.transport.checks import malformed
-from lossgrad_server.transport.pipeline import JOIN_IN_THREAD_BYTES, Answer, PendingRequest, RequestPipeline
+from lossgrad_server.transport.pipeline import JOIN_IN_THREAD_BYTES, Answer, PendingComputeLoss, RequestPipeline
 from lossgrad_server.transport.status import to_status
 
 API: Final = "stream"
@@ -43,7 +43,7 @@ class StreamSession:
         self._max_requests = max_requests
         self._max_bytes = max_bytes
         self._message_bytes = min(MESSAGE_BYTES, max_bytes)
-        self._pending: dict[PendingRequest, int] = {}  # to the tag
+        self._pending: dict[PendingComputeLoss, int] = {}  # to the tag
         self._outbox: deque[_Entry] = deque()
         self._inside_requests = 0  # pending and unsent
         self._inside_bytes = 0
@@ -80,7 +80,7 @@ class StreamSession:
         except codec.CodecError as error:
             raise malformed(error) from None
         now = turn_started = time.monotonic()
-        opened: list[PendingRequest] = []
+        opened: list[PendingComputeLoss] = []
         for tag, timeout_ns, data, start, end in tagged_requests:
             self._inside_requests += 1
             try:
@@ -99,7 +99,7 @@ class StreamSession:
                 turn_started = time.monotonic()
         self._pipeline.submit(opened)
 
-    def _on_answer(self, request: PendingRequest, answer: Answer) -> None:
+    def _on_answer(self, request: PendingComputeLoss, answer: Answer) -> None:
         tag = self._pending.pop(request)
         if isinstance(answer, RequestError):
             self._put(tag, to_status(answer, request.idempotency_key), request.job.byte_count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lossgrad_server.jobs import DataType, JobPlan, LossKind, Reduction, SpecPlan, TensorPlan
-from lossgrad_server.work import DeviceWorker, WorkItem, WorkResult
+from lossgrad_server.work import DeviceWorker, SpecTotal, WorkItem, WorkResult, unpack_totals
 from tests import reference
 from tests.reference import SpecAnswer
 
@@ -90,6 +91,16 @@ def answer(worker: DeviceWorker, one: Job) -> SpecAnswer:
     return only
 
 
+def with_totals(one: Job) -> Job:
+    """Return the job as one that wants totals."""
+    return Job(dataclasses.replace(one.plan, wants_totals=True), one.operands)
+
+
+def totals(worker: DeviceWorker, one: Job) -> list[SpecTotal]:
+    """Return the totals that a job has when it wants them."""
+    return unpack_totals(run(worker, with_totals(one)).totals)
+
+
 def check(worker: DeviceWorker, one: Job) -> None:
     """Compare a job's result with the reference's."""
     reference.assert_matches(one.plan, one.operands, run(worker, one))
@@ -103,4 +114,4 @@ def gradient(result: SpecAnswer) -> list[float]:
 
 def result_bytes(result: WorkResult) -> tuple[bytes, ...]:
     """Return everything that a result holds, to be compared to the bit."""
-    return (result.scalars, *(bytes(output) for output in result.outputs))
+    return (result.scalars, result.totals, *(bytes(output) for output in result.outputs))

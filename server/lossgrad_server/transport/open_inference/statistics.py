@@ -1,0 +1,147 @@
+"""What ModelStatistics tells: counts and durations of each model since the server started.
+
+The durations are the batcher's and the worker's own, those of the batch that a request was part of: as with Triton, every
+request of a batch is charged with all of it. Used in the event loop's thread only.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+from lossgrad_api.inference import messages
+from lossgrad_server.batching.job import Computed
+from lossgrad_server.transport.open_inference.models import MODELS, VERSION, Model
+
+# Sizes of batches that are told apart. Nothing else bounds how many there are; one more is counted under a power of two.
+_MAX_BATCH_SIZES: Final = 1024
+
+
+class Duration:
+    """How often something happened, and how long it took in all."""
+
+    __slots__ = ("count", "ns")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.ns = 0
+
+    def add(self, ns: int) -> None:
+        """Count one."""
+        self.count += 1
+        self.ns += ns
+
+    def message(self) -> dict[str, int]:
+        """Return it as a StatisticDuration."""
+        return {"count": self.count, "ns": self.ns}
+
+
+class BatchDurations:
+    """How long executions of one size took."""
+
+    __slots__ = ("infer", "input", "output")
+
+    def __init__(self) -> None:
+        self.input = Duration()
+        self.infer = Duration()
+        self.output = Duration()
+
+    def add(self, input_ns: int, infer_ns: int, output_ns: int) -> None:
+        """Count one execution, or one request of it."""
+        self.input.add(input_ns)
+        self.infer.add(infer_ns)
+        self.output.add(output_ns)
+
+
+class ModelStatistics:
+    """The counts of one model."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._last_inference_ms = 0
+        self._inference_count = 0
+        self._execution_count = 0
+        self._success = Duration()
+        self._fail = Duration()
+        self._queue = Duration()
+        self._requests = BatchDurations()
+        self._batches: dict[int, BatchDurations] = {}
+        # The batch whose requests are being handed back: its durations, and what of it this model has had.
+        self._batch_number = 0
+        self._batch_ns = (0, 0, 0)
+        self._batch_rows = 0
+
+    def computed(self, rows: int, computed: Computed, elapsed_ns: int) -> None:
+        """Count a request of `rows` rows that is answered `elapsed_ns` after it came."""
+        self._last_inference_ms = time.time_ns() // 1_000_000
+        self._inference_count += rows
+        self._success.add(elapsed_ns)
+        self._queue.add(computed.queue_ns)
+        durations = (computed.pack_ns, computed.compute_ns, computed.unpack_ns)
+        self._requests.add(*durations)
+        if self._batch_number != computed.batch_number:
+            self._end_batch()
+            self._batch_number = computed.batch_number
+            self._batch_ns = durations
+            self._execution_count += 1
+        self._batch_rows += rows
+
+    def failed(self, elapsed_ns: int) -> None:
+        """Count a request that is answered with an error."""
+        self._fail.add(elapsed_ns)
+
+    def _end_batch(self) -> None:
+        if not self._batch_number:
+            return
+        size = self._batch_rows
+        if size not in self._batches and len(self._batches) >= _MAX_BATCH_SIZES:
+            size = 1 << max(size.bit_length() - 1, 0)
+        self._batches.setdefault(size, BatchDurations()).add(*self._batch_ns)
+        self._batch_number = 0
+        self._batch_rows = 0
+
+    def message(self) -> dict[str, Any]:
+        """Return it as a ModelStatistics."""
+        self._end_batch()  # the requests of a batch are handed back without a pause, so all of them have been
+        return {
+            "name": self._model.name,
+            "version": VERSION,
+            "last_inference": self._last_inference_ms,
+            "inference_count": self._inference_count,
+            "execution_count": self._execution_count,
+            "inference_stats": {
+                "success": self._success.message(),
+                "fail": self._fail.message(),
+                "queue": self._queue.message(),
+                "compute_input": self._requests.input.message(),
+                "compute_infer": self._requests.infer.message(),
+                "compute_output": self._requests.output.message(),
+                "cache_hit": {},
+                "cache_miss": {},
+            },
+            "batch_stats": [
+                {
+                    "batch_size": size,
+                    "compute_input": batch.input.message(),
+                    "compute_infer": batch.infer.message(),
+                    "compute_output": batch.output.message(),
+                }
+                for size, batch in sorted(self._batches.items())
+            ],
+        }
+
+
+class Statistics:
+    """The counts of every model."""
+
+    def __init__(self) -> None:
+        self._models = {name: ModelStatistics(model) for name, model in MODELS.items()}
+
+    def of(self, model: Model) -> ModelStatistics:
+        """Return a model's counts."""
+        return self._models[model.name]
+
+    def message(self, model: Model | None) -> Any:
+        """Return a ModelStatisticsResponse, of one model or of all."""
+        chosen = self._models.values() if model is None else (self.of(model),)
+        return messages().ModelStatisticsResponse(model_stats=[one.message() for one in chosen])
