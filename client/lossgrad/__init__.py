@@ -23,7 +23,9 @@ from lossgrad.embedded import embedded
 
 if TYPE_CHECKING:
     from lossgrad import nn as nn
+    from lossgrad.accumulation import Accumulation
     from lossgrad.aio import AsyncLossClient
+    from lossgrad.checkpoint import Checkpoint
     from lossgrad.client import LossClient
     from lossgrad.errors import (
         Cancelled,
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from lossgrad.losses import L1, MSE, Huber, Loss, SmoothL1
+    from lossgrad.progress import Progress
+    from lossgrad.report import BatchError, BatchResult, EvaluationReport, LossSummary, Throughput
     from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing
     from lossgrad_api.allocator import keep_large_blocks
 
@@ -44,7 +48,9 @@ if TYPE_CHECKING:
 
 # Where each name comes from, imported at its first use.
 _MODULES: Final = {
+    "Accumulation": "lossgrad.accumulation",
     "AsyncLossClient": "lossgrad.aio",
+    "Checkpoint": "lossgrad.checkpoint",
     "LossClient": "lossgrad.client",
     **dict.fromkeys(
         (
@@ -61,6 +67,8 @@ _MODULES: Final = {
         "lossgrad.errors",
     ),
     **dict.fromkeys(("L1", "MSE", "Huber", "Loss", "SmoothL1"), "lossgrad.losses"),
+    "Progress": "lossgrad.progress",
+    **dict.fromkeys(("BatchError", "BatchResult", "EvaluationReport", "LossSummary", "Throughput"), "lossgrad.report"),
     **dict.fromkeys(("LossResult", "ServerInfo", "ServerLimits", "Timing"), "lossgrad.results"),
     "keep_large_blocks": "lossgrad_api.allocator",
 }
@@ -68,21 +76,29 @@ _MODULES: Final = {
 __all__ = [
     "L1",
     "MSE",
+    "Accumulation",
     "AsyncLossClient",
+    "BatchError",
+    "BatchResult",
     "Cancelled",
+    "Checkpoint",
     "DeadlineExceeded",
+    "EvaluationReport",
     "Huber",
     "InvalidRequest",
     "Loss",
     "LossClient",
     "LossResult",
+    "LossSummary",
     "LossgradError",
     "Overloaded",
+    "Progress",
     "RequestTooLarge",
     "ServerError",
     "ServerInfo",
     "ServerLimits",
     "SmoothL1",
+    "Throughput",
     "Timing",
     "Unauthenticated",
     "Unavailable",

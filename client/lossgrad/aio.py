@@ -9,6 +9,7 @@ iterable, packing and unpacking stay in the caller's task. Concurrent small call
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from lossgrad.calls import (
     HEALTH_REQUEST,
     Answer,
     Losses,
+    Request,
     as_losses,
     deadline_seconds,
     prepare,
@@ -32,17 +34,20 @@ from lossgrad.calls import (
 )
 from lossgrad.channel import ChannelSettings, connect_aio
 from lossgrad.coalescer import Coalescer
-from lossgrad.errors import Cancelled, LossgradError, from_rpc_error
+from lossgrad.errors import Cancelled, LossgradError, RequestTooLarge, from_rpc_error
+from lossgrad.evaluating import AsyncEvaluateMethods
 from lossgrad.feed import ComputeOptions, OnError, PairFeed, StreamOptions
+from lossgrad.large import LargeCall, compute_in_tasks, is_too_large, may_be_cut
 from lossgrad.loss_methods import LossMethods
 from lossgrad.losses import Loss
 from lossgrad.results import LossResult, ServerInfo
 from lossgrad.task_stream import TaskStream
+from lossgrad.tensor_buffer import filled, gradient_outs
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
 from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
 
 
-class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
+class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluateMethods):
     """LossClient for asyncio: the same arguments, methods and results, awaited. Use it as an async context manager.
 
     Calls with small tensors that are under way at the same time travel together, many to a message, which takes a small
@@ -64,7 +69,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
         max_message_bytes: int | None = None,
         coalesce: bool | None = None,
     ) -> None:
-        self._settings = ChannelSettings.resolve(
+        settings = ChannelSettings.resolve(
             target,
             token=token,
             tls=tls,
@@ -76,7 +81,12 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             max_message_bytes=max_message_bytes,
             coalesce=coalesce,
         )
+        self._set_up(settings)
+
+    def _set_up(self, settings: ChannelSettings) -> None:
+        self._settings = settings
         self._metadata = self._settings.metadata
+        self._limit_bytes = settings.max_message_bytes
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: _Connection | None = None
         self._is_closed = False
@@ -114,23 +124,34 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
         allow_broadcast: bool = False,
         timeout: float | None = None,
         idempotency_key: str = "",
+        gradient_out: Any = None,
     ) -> Answer:
-        """Compute one loss, or several over the same tensors in one pass: `[SmoothL1(beta=0.1), L1()]`.
-
-        The options are those of the methods `smooth_l1`, `huber`, `l1` and `mse`. Raises LossgradError.
-        """
+        """Compute one loss, or several over the same tensors in one pass, as LossClient.compute. Raises LossgradError."""
         specs, is_single = as_losses(losses)
-        request = prepare(
-            input,
-            target,
-            specs,
-            is_single=is_single,
-            max_message_bytes=self._settings.max_message_bytes,
-            weight=weight,
-            mask=mask,
-            allow_broadcast=allow_broadcast,
-            idempotency_key=idempotency_key,
+        outs = gradient_outs(gradient_out, specs, is_single=is_single)
+        limit = self._limit_bytes
+        options: dict[str, Any] = {
+            "weight": weight,
+            "mask": mask,
+            "allow_broadcast": allow_broadcast,
+            "idempotency_key": idempotency_key,
+        }
+        if not is_too_large(input, target, specs, limit, weight=weight, mask=mask):
+            try:
+                request = prepare(input, target, specs, is_single=is_single, max_message_bytes=limit, **options)
+                return filled(await self._compute_request(request, timeout), outs)
+            except RequestTooLarge as error:
+                if not may_be_cut(error):
+                    raise
+                if error.__cause__ is not None or error.reason == "RESULT_TOO_LARGE":  # the server's own limit
+                    info = await self.info(timeout=timeout)
+                    limit = self._limit_bytes = min(limit, info.limits.max_message_bytes or limit)
+        call = LargeCall(
+            input, target, specs, is_single=is_single, max_message_bytes=limit, gradient_out=outs, **options
         )
+        return await compute_in_tasks(call, self._open_stream, self._settings, limit, timeout)
+
+    async def _compute_request(self, request: Request, timeout: float | None) -> Answer:
         connection = self._connected()
         if connection.coalescer is not None and connection.coalescer.takes(request):
             return await connection.coalescer.compute(request, deadline_seconds(timeout, self._settings.timeout))
@@ -251,7 +272,8 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             self._loop = loop
         elif self._loop is not loop:
             raise RuntimeError(
-                "this AsyncLossClient belongs to another event loop, the one in which it was first used; make one client "
+                "this AsyncLossClient belongs to another event loop, the one in which it was first used; make one "
+                "client "
                 "in each asyncio.run(), or use LossClient from several threads"
             )
 
@@ -318,6 +340,11 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             await asyncio.sleep(delay)
             await stream.send(window.resend())
             return
+
+    def _at(self, target: str) -> AsyncLossClient:
+        client = AsyncLossClient.__new__(AsyncLossClient)
+        client._set_up(dataclasses.replace(self._settings, target=target))
+        return client
 
     def _open_stream(self) -> Any:
         return self._connected().stream(timeout=None, metadata=self._metadata)

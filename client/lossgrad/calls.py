@@ -13,7 +13,17 @@ from google.protobuf.message import DecodeError
 from lossgrad.errors import InvalidRequest, LossgradError, RequestTooLarge, ServerError, Unavailable, from_rpc_error
 from lossgrad.losses import Loss
 from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing, new_loss_result, new_timing
-from lossgrad.tensors import NAMES, NUMPY, Family, is_plain, promote, read_mask, read_pair, read_weight
+from lossgrad.tensors import (
+    NAMES,
+    NUMPY,
+    Family,
+    broadcast_shapes,
+    is_plain,
+    promote,
+    read_mask,
+    read_pair,
+    read_weight,
+)
 from lossgrad_api.codec import (
     SERVICE,
     Buffer,
@@ -79,7 +89,7 @@ class Request:
         )
 
     def _result(self, spec: Loss, result: ResultView, timing: Timing, idempotency_key: str) -> LossResult:
-        value, tensor, element_count, weight_sum, nonfinite_count, target_gradient, gradient = result
+        value, tensor, element_count, weight_sum, nonfinite_count, target_gradient, gradient, _ = result
         family = self.input_family
         if value is not None:
             loss = family.scalar(value, self.result_type)
@@ -103,12 +113,24 @@ class Request:
         )
 
 
+class Encoded(NamedTuple):
+    """A ComputeLossRequest as parts, views into the caller's arrays among them, and what is known about it."""
+
+    parts: list[Buffer]
+    byte_count: int
+    element_count: int  # of the result, 0 where the shapes do not fit
+    input_family: Family
+    target_family: Family
+    result_type: int
+
+
 class _Form(NamedTuple):
     """What requests for NumPy arrays of the same shapes, types and losses have in common."""
 
     target_head: Buffer  # all up to the target's elements
     input_head: Buffer  # all between those and the input's
     byte_count: int
+    element_count: int
     result_type: int
 
 
@@ -123,7 +145,8 @@ def as_losses(losses: Losses) -> tuple[tuple[Loss, ...], bool]:
     for loss in several:
         if not isinstance(loss, Loss):
             raise InvalidRequest(
-                f"losses holds {loss!r} ({type(loss).__name__}); give lossgrad.SmoothL1(), Huber(), L1() or MSE(), or a "
+                f"losses holds {loss!r} ({type(loss).__name__}); give lossgrad.SmoothL1(), Huber(), L1() or MSE(), "
+                "or a "
                 "list of them",
                 reason="UNKNOWN_LOSS",
                 field="losses",
@@ -151,18 +174,43 @@ def prepare(
 ) -> Request:
     """Return the request for these tensors. Raises InvalidRequest and RequestTooLarge before anything is sent."""
     specs = [loss.serialized for loss in losses]
+    parts, byte_count, _, input_family, target_family, result_type = encode(
+        input,
+        target,
+        specs,
+        max_message_bytes=max_message_bytes,
+        weight=weight,
+        mask=mask,
+        allow_broadcast=allow_broadcast,
+        idempotency_key=idempotency_key,
+    )
+    return Request(parts, byte_count, losses, is_single, input_family, target_family, result_type)
+
+
+def encode(
+    input: Any,
+    target: Any,
+    specs: Sequence[bytes],
+    *,
+    max_message_bytes: int,
+    weight: Any = None,
+    mask: Any = None,
+    allow_broadcast: bool = False,
+    idempotency_key: str = "",
+) -> Encoded:
+    """Return the message for these tensors. `specs` are serialised LossSpecs. Raises InvalidRequest and RequestTooLarge."""
     form_key: tuple[Any, ...] | None = None
     if weight is None and mask is None and not idempotency_key and is_plain(input) and is_plain(target):
         form_key = (input.dtype, input.shape, target.dtype, target.shape, allow_broadcast, *specs)
         form = _forms.get(form_key)
         if form is not None:
-            target_head, input_head, byte_count, result_type = form
+            target_head, input_head, byte_count, element_count, result_type = form
             _check_size(byte_count, max_message_bytes)
             if byte_count < JOINED_BYTES:
                 parts: list[Buffer] = [b"".join((target_head, target.data, input_head, input.data))]
             else:
                 parts = [target_head, target.data.cast("B"), input_head, input.data.cast("B")]
-            return Request(parts, byte_count, losses, is_single, NUMPY, NUMPY, result_type)
+            return Encoded(parts, byte_count, element_count, NUMPY, NUMPY, result_type)
     first, second = read_pair(input, target)
     parts = encode_compute_request(
         specs,
@@ -176,19 +224,22 @@ def prepare(
     byte_count = sum(map(len, parts))
     _check_size(byte_count, max_message_bytes)
     result_type = promote(first.wire.data_type, second.wire.data_type)
+    shape = broadcast_shapes(first.wire.shape, second.wire.shape)
+    element_count = 0 if shape is None else math.prod(shape)
     if form_key is not None:
         if len(_forms) >= _MAX_FORMS:  # rare enough that starting over is the simplest bound
             _forms.clear()
-        _forms[form_key] = _Form(parts[0], parts[2], byte_count, result_type)
+        _forms[form_key] = _Form(parts[0], parts[2], byte_count, element_count, result_type)
     if byte_count < JOINED_BYTES:
         parts = [b"".join(parts)]
-    return Request(parts, byte_count, losses, is_single, first.family, second.family, result_type)
+    return Encoded(parts, byte_count, element_count, first.family, second.family, result_type)
 
 
 def _check_size(byte_count: int, max_message_bytes: int) -> None:
     if byte_count > max_message_bytes:
         raise RequestTooLarge(
-            f"this request takes {byte_count} bytes, the limit is {max_message_bytes}; send fewer elements at a time, or "
+            f"this request takes {byte_count} bytes, the limit is {max_message_bytes}; send fewer elements at a "
+            "time, or "
             "raise max_message_bytes here and LOSSGRAD_MAX_MESSAGE_BYTES on the server",
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             "MESSAGE_TOO_LARGE",

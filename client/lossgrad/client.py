@@ -7,6 +7,7 @@ moves received messages into a queue; the caller's iterable, packing and unpacki
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import time
@@ -31,11 +32,14 @@ from lossgrad.calls import (
     stream_ended,
 )
 from lossgrad.channel import ChannelSettings, connect
-from lossgrad.errors import LossgradError, from_rpc_error
+from lossgrad.errors import LossgradError, RequestTooLarge, from_rpc_error
+from lossgrad.evaluating import EvaluateMethods
 from lossgrad.feed import ComputeOptions, OnError, PairFeed, StreamOptions
+from lossgrad.large import LargeCall, compute_in_threads, is_too_large, may_be_cut
 from lossgrad.loss_methods import LossMethods
 from lossgrad.losses import Loss
 from lossgrad.results import LossResult, ServerInfo
+from lossgrad.tensor_buffer import filled, gradient_outs
 from lossgrad.thread_stream import ThreadStream, inherited
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
 from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
@@ -54,7 +58,7 @@ class Channel(Protocol):
         """End everything under way."""
 
 
-class LossClient(LossMethods[LossResult]):
+class LossClient(LossMethods[LossResult], EvaluateMethods):
     """Computes losses on a lossgrad server. Use it as a context manager, or call `close`.
 
     Every argument left out is read from its environment variable, LOSSGRAD_TARGET and so on.
@@ -120,6 +124,7 @@ class LossClient(LossMethods[LossResult]):
     def _set_up(self, settings: ChannelSettings, channel: Channel | None) -> None:
         self._settings = settings
         self._metadata = settings.metadata
+        self._limit_bytes = settings.max_message_bytes
         self._given = channel
         self._lock = threading.Lock()
         self._connection: _Connection | None = None
@@ -166,26 +171,37 @@ class LossClient(LossMethods[LossResult]):
         allow_broadcast: bool = False,
         timeout: float | None = None,
         idempotency_key: str = "",
+        gradient_out: Any = None,
     ) -> Answer:
         """Compute one loss, or several over the same tensors in one pass: `[SmoothL1(beta=0.1), L1()]`.
 
-        The options are those of the methods `smooth_l1`, `huber`, `l1` and `mse`. Raises LossgradError.
+        The options are those of the methods `smooth_l1`, `huber`, `l1` and `mse`; `gradient_out` for several losses is a
+        list of arrays, None where there is no gradient. Raises LossgradError.
         """
         specs, is_single = as_losses(losses)
-        request = prepare(
-            input,
-            target,
-            specs,
-            is_single=is_single,
-            max_message_bytes=self._settings.max_message_bytes,
-            weight=weight,
-            mask=mask,
-            allow_broadcast=allow_broadcast,
-            idempotency_key=idempotency_key,
+        outs = gradient_outs(gradient_out, specs, is_single=is_single)
+        limit = self._limit_bytes
+        options: dict[str, Any] = {
+            "weight": weight,
+            "mask": mask,
+            "allow_broadcast": allow_broadcast,
+            "idempotency_key": idempotency_key,
+        }
+        if not is_too_large(input, target, specs, limit, weight=weight, mask=mask):
+            try:
+                request = prepare(input, target, specs, is_single=is_single, max_message_bytes=limit, **options)
+                start = time.perf_counter()
+                message = self._call(self._connected().compute, request.message(), timeout)
+                return filled(request.read(message, time.perf_counter() - start), outs)
+            except RequestTooLarge as error:
+                if not may_be_cut(error):
+                    raise
+                if error.__cause__ is not None:  # the server's own limit, or that of what lies between
+                    limit = self._limit_bytes = min(limit, self.info(timeout=timeout).limits.max_message_bytes or limit)
+        call = LargeCall(
+            input, target, specs, is_single=is_single, max_message_bytes=limit, gradient_out=outs, **options
         )
-        start = time.perf_counter()
-        answer = self._call(self._connected().compute, request.message(), timeout)
-        return request.read(answer, time.perf_counter() - start)
+        return compute_in_threads(call, self._open_stream, self._settings, limit, timeout)
 
     def _compute_one(self, input: Any, target: Any, loss: Loss, options: dict[str, Any]) -> LossResult:
         return self.compute(input, target, loss, **options)
@@ -353,6 +369,11 @@ class LossClient(LossMethods[LossResult]):
             time.sleep(delay)
             stream.send(window.resend())
             return
+
+    def _at(self, target: str) -> LossClient:
+        client = LossClient.__new__(LossClient)
+        client._set_up(dataclasses.replace(self._settings, target=target), None)
+        return client
 
     def _open_stream(self, messages: Iterator[bytes]) -> Any:
         return self._connected().stream(messages, timeout=None, metadata=self._metadata)

@@ -24,6 +24,7 @@ class ComputeOptions(TypedDict, total=False):
     allow_broadcast: bool
     timeout: float | None
     idempotency_key: str
+    gradient_out: Any
 
 
 class StreamOptions(TypedDict, total=False):

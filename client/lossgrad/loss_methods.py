@@ -18,7 +18,11 @@ class LossMethods(ABC, Generic[R]):
     to send the gradient back), `weight` (of each element), `mask` (bool; where false, an element takes no part),
     `denominator` (what a mean divides by, instead of the sum of the weights), `gradient_scale` (multiplies every
     gradient), `allow_broadcast` (whether unequal shapes are broadcast), `timeout` in seconds (the client's by default,
-    `math.inf` for none) and `idempotency_key` (the caller's name for the request, for logs and traces).
+    `math.inf` for none), `idempotency_key` (the caller's name for the request, for logs and traces) and `gradient_out` (an
+    array or CPU tensor like input, a memory-mapped one perhaps, to write the gradient to).
+
+    Tensors of any size will do: what does not fit a message is cut, sent slice by slice, and put together with the same
+    bits; `timeout` is then how long to wait without an answer to any slice.
     """
 
     @abstractmethod
@@ -40,13 +44,14 @@ class LossMethods(ABC, Generic[R]):
         allow_broadcast: bool = False,
         timeout: float | None = None,
         idempotency_key: str = "",
+        gradient_out: Any = None,
     ) -> R:
         """Compute the smooth L1 loss, as torch.nn.SmoothL1Loss. `beta` is at least 0; at 0 this is L1."""
         return self._compute_one(
             input,
             target,
             make_loss(SmoothL1, beta, reduction, gradient, denominator, gradient_scale),
-            _options(weight, mask, allow_broadcast, timeout, idempotency_key),
+            _options(weight, mask, allow_broadcast, timeout, idempotency_key, gradient_out),
         )
 
     def huber(
@@ -64,13 +69,14 @@ class LossMethods(ABC, Generic[R]):
         allow_broadcast: bool = False,
         timeout: float | None = None,
         idempotency_key: str = "",
+        gradient_out: Any = None,
     ) -> R:
         """Compute the Huber loss, as torch.nn.HuberLoss. `delta` is above 0."""
         return self._compute_one(
             input,
             target,
             make_loss(Huber, delta, reduction, gradient, denominator, gradient_scale),
-            _options(weight, mask, allow_broadcast, timeout, idempotency_key),
+            _options(weight, mask, allow_broadcast, timeout, idempotency_key, gradient_out),
         )
 
     def l1(
@@ -87,13 +93,14 @@ class LossMethods(ABC, Generic[R]):
         allow_broadcast: bool = False,
         timeout: float | None = None,
         idempotency_key: str = "",
+        gradient_out: Any = None,
     ) -> R:
         """Compute the mean absolute error, as torch.nn.L1Loss."""
         return self._compute_one(
             input,
             target,
             make_loss(L1, None, reduction, gradient, denominator, gradient_scale),
-            _options(weight, mask, allow_broadcast, timeout, idempotency_key),
+            _options(weight, mask, allow_broadcast, timeout, idempotency_key, gradient_out),
         )
 
     def mse(
@@ -110,18 +117,19 @@ class LossMethods(ABC, Generic[R]):
         allow_broadcast: bool = False,
         timeout: float | None = None,
         idempotency_key: str = "",
+        gradient_out: Any = None,
     ) -> R:
         """Compute the mean squared error, as torch.nn.MSELoss."""
         return self._compute_one(
             input,
             target,
             make_loss(MSE, None, reduction, gradient, denominator, gradient_scale),
-            _options(weight, mask, allow_broadcast, timeout, idempotency_key),
+            _options(weight, mask, allow_broadcast, timeout, idempotency_key, gradient_out),
         )
 
 
 def _options(
-    weight: Any, mask: Any, allow_broadcast: bool, timeout: float | None, idempotency_key: str
+    weight: Any, mask: Any, allow_broadcast: bool, timeout: float | None, idempotency_key: str, gradient_out: Any
 ) -> dict[str, Any]:
     return {
         "weight": weight,
@@ -129,4 +137,5 @@ def _options(
         "allow_broadcast": allow_broadcast,
         "timeout": timeout,
         "idempotency_key": idempotency_key,
+        "gradient_out": gradient_out,
     }

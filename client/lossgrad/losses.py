@@ -32,6 +32,7 @@ class Loss(ABC):
     """
 
     name: ClassVar[str]
+    parameter: ClassVar[str] = ""  # the name of the function's own parameter, "" where it has none
 
     reduction: str = "mean"
     gradient: bool = False
@@ -91,6 +92,16 @@ class Loss(ABC):
             raise _bad(name, f"{number!r}", allowed)
         object.__setattr__(self, name, number)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the loss as plain values: its name, its parameter, its reduction, and its denominator if it has one."""
+        described: dict[str, Any] = {"name": self.name}
+        if self.parameter:
+            described[self.parameter] = getattr(self, self.parameter)
+        described["reduction"] = self.reduction
+        if self.denominator is not None:
+            described["denominator"] = self.denominator
+        return described
+
     def __repr__(self) -> str:
         """Name the parameter, and of the rest what differs from the default."""
         own = [f for f in fields(self) if not f.kw_only]
@@ -103,6 +114,7 @@ class SmoothL1(Loss):
     """0.5 d^2 / beta where |d| < beta, |d| - 0.5 beta elsewhere; d = input - target. beta >= 0; at 0 this is L1."""
 
     name: ClassVar[str] = "smooth_l1"
+    parameter: ClassVar[str] = "beta"
     beta: float = 1.0
 
     def _check_parameter(self) -> None:
@@ -117,6 +129,7 @@ class Huber(Loss):
     """0.5 d^2 where |d| < delta, delta (|d| - 0.5 delta) elsewhere; d = input - target. delta > 0."""
 
     name: ClassVar[str] = "huber"
+    parameter: ClassVar[str] = "delta"
     delta: float = 1.0
 
     def _check_parameter(self) -> None:
@@ -144,6 +157,18 @@ class MSE(Loss):
 
     def _write(self, spec: pb.LossSpec) -> None:
         spec.mse.SetInParent()
+
+
+LOSSES: Final[dict[str, type[Loss]]] = {loss.name: loss for loss in (SmoothL1, Huber, L1, MSE)}
+
+
+def loss_from_dict(described: Any) -> Loss:
+    """Return the loss that `to_dict` described. Raises ValueError or TypeError for anything else."""
+    options = dict(described)
+    name = options.pop("name", None)
+    if name not in LOSSES:
+        raise ValueError(f"there is no loss {name!r}; it must be one of {', '.join(LOSSES)}")
+    return LOSSES[name](**options)
 
 
 def make_loss(

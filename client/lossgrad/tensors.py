@@ -69,6 +69,9 @@ class Family(Protocol):
     def tensor(self, wire: WireTensor) -> Any:
         """Return a tensor of an answer as the caller's kind of array, writable and its own."""
 
+    def adopt(self, wire: WireTensor) -> Any:
+        """Return a tensor over bytes that are writable and nobody else's, without copying them if that can be."""
+
     def scalar(self, value: float, data_type: int) -> Any:
         """Return a scalar loss in the caller's kind, rounded to the data type."""
 
@@ -98,6 +101,13 @@ class NumpyFamily:
             return (array.astype(np.uint32) << 16).view(np.float32) if dtype is None else array.view(dtype)
         return array
 
+    def adopt(self, wire: WireTensor) -> Any:
+        """Return an array over these bytes."""
+        data_type, shape, data = wire
+        if not data or data_type == BFLOAT16:
+            return self.tensor(wire)
+        return np.frombuffer(data, _DTYPES[data_type]).reshape(shape)
+
     def scalar(self, value: float, data_type: int) -> Any:
         """Return a scalar loss as a NumPy scalar."""
         dtype = self._bfloat16_dtype() if data_type == BFLOAT16 else _DTYPES[data_type]
@@ -122,12 +132,12 @@ def read_pair(input: Any, target: Any) -> tuple[Operand, Operand]:
     A Python number takes the other's floating-point type, as in NumPy and torch. A list or number gets its results in
     the other's family.
     """
-    if _is_number(input) and not _is_number(target):
+    if is_number(input) and not is_number(target):
         second = read_operand(target, "target")
-        return Operand(_weak(input, second.wire.data_type, "input"), second.family), second
+        return Operand(weak_operand(input, second.wire.data_type, "input"), second.family), second
     first = read_operand(input, "input")
-    if _is_number(target) and not _is_number(input):
-        return first, Operand(_weak(target, first.wire.data_type, "target"), first.family)
+    if is_number(target) and not is_number(input):
+        return first, Operand(weak_operand(target, first.wire.data_type, "target"), first.family)
     second = read_operand(target, "target")
     if isinstance(input, (list, tuple)):
         first = Operand(first.wire, second.family)
@@ -180,6 +190,19 @@ def promote(first: int, second: int) -> int:
         return second
     # The numbers ascend with the range, save float16 and bfloat16, which meet in float32.
     return max(first, second, FLOAT32)
+
+
+def broadcast_shapes(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the shape that both broadcast to, as NumPy and torch do it; None where there is none."""
+    if first == second:
+        return first
+    rank = max(len(first), len(second))
+    shape = []
+    for a, b in zip((1,) * (rank - len(first)) + first, (1,) * (rank - len(second)) + second, strict=True):
+        if a not in (b, 1) and b != 1:
+            return None
+        shape.append(b if a == 1 else a)
+    return tuple(shape)
 
 
 def refuse(name: str, type_name: str, advice: str | None = None) -> InvalidRequest:
@@ -250,19 +273,22 @@ def _as_numpy(value: Any, name: str) -> np.ndarray[Any, Any]:
         array = reader(value)
     except (ValueError, TypeError, RuntimeError, BufferError, OverflowError) as error:
         raise InvalidRequest(
-            f"{name} ({type(value).__name__}) cannot be read as an array: {error}; send a NumPy array or a torch tensor",
+            f"{name} ({type(value).__name__}) cannot be read as an array: {error}; send a NumPy array or a torch "
+            "tensor",
             reason="UNSUPPORTED_DATA_TYPE",
             field=name,
         ) from error
     return np.asarray(array)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a Python number, which has no data type of its own."""
     # numpy.float64 is a float as well, but has a type of its own.
     return isinstance(value, (bool, int, float)) and not isinstance(value, np.generic)
 
 
-def _weak(value: float, data_type: int, name: str) -> WireTensor:
+def weak_operand(value: float, data_type: int, name: str) -> WireTensor:
+    """Return a Python number in the other tensor's type, if that is floating point."""
     if data_type not in _FLOATS or isinstance(value, bool):
         return _from_numpy(_as_numpy(value, name), name).wire
     try:

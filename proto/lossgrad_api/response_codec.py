@@ -57,7 +57,7 @@ class StatsView(NamedTuple):
 
 
 class ResultView(NamedTuple):
-    """The fields of LossResult, in order. Exactly one of `scalar` and `tensor` is set."""
+    """The fields of LossResult, in order. Exactly one of `scalar` and `tensor` is set. `total` is a serialised LossState."""
 
     scalar: float | None
     tensor: WireTensor | None
@@ -66,6 +66,7 @@ class ResultView(NamedTuple):
     nonfinite_count: int
     target_gradient: WireTensor | None
     input_gradient: WireTensor | None
+    total: bytes | None = None
 
 
 class ResponseView(NamedTuple):
@@ -104,7 +105,7 @@ def _counts(element_count: int, weight_sum: float, nonfinite_count: int) -> byte
 
 def result_parts(result: ResultView) -> list[Buffer]:
     """Return a LossResult, as the field numbered 2 of what holds it, as parts to join."""
-    scalar, tensor, element_count, weight_sum, nonfinite_count, target_gradient, input_gradient = result
+    scalar, tensor, element_count, weight_sum, nonfinite_count, target_gradient, input_gradient, total = result
     parts: list[Buffer] = [b""]
     head = b"" if scalar is None else b"\x09" + _DOUBLE.pack(scalar)
     size = 0
@@ -120,7 +121,7 @@ def result_parts(result: ResultView) -> list[Buffer]:
             size += len(data)
             parts += (head + tensor_head(tag, gradient.data_type, gradient.shape, len(data)), data)
             head = b""
-    parts.append(head)
+    parts.append(head if total is None else head + b"\x42" + varint(len(total)) + total)
     size += sum(map(len, parts[1::2]))
     parts[0] = b"\x12" + varint(size)
     return parts
@@ -226,9 +227,10 @@ def decode_result(data: bytes, view: memoryview, position: int, end: int) -> Res
     """Return the LossResult `data[position:end]`. `view` is a view of `data`. Raises CodecError."""
     known = known_result(data, view, position, end)
     if known is not None:
-        return _new(ResultView, known)
+        return _new(ResultView, (*known, None))
     result = _walk_result(data, view, position, end)
-    remember_result(data, position, end)
+    if result.total is None:  # of those that hold one, no two are alike
+        remember_result(data, position, end)
     return result
 
 
@@ -237,6 +239,7 @@ def _walk_result(data: bytes, view: memoryview, position: int, end: int) -> Resu
     tensors: dict[int, WireTensor] = {}
     element_count = nonfinite_count = 0
     weight_sum = 0.0
+    total: bytes | None = None
     while position < end:
         tag, position = read_tag(data, position, end)
         if tag == (1 << 3 | 1):
@@ -258,6 +261,9 @@ def _walk_result(data: bytes, view: memoryview, position: int, end: int) -> Resu
             tensors[number] = _decode_tensor(data, view, body, position, tensors.get(number))
             if number == 2:
                 scalar = None
+        elif tag == (8 << 3 | 2):
+            body, position = read_length(data, position, end)
+            total = (total or b"") + data[body:position]  # a message that comes twice is merged
         else:
             position = skip(data, tag, position, end)
     return ResultView(
@@ -268,6 +274,7 @@ def _walk_result(data: bytes, view: memoryview, position: int, end: int) -> Resu
         to_signed(nonfinite_count),
         tensors.get(6),
         tensors.get(7),
+        total,
     )
 
 

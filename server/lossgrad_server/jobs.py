@@ -98,6 +98,9 @@ class SpecPlan:
     include_gradient: bool = False
     denominator: float | None = None
     gradient_scale: float = 1.0
+    include_total: bool = (
+        False  # whether the answer has its total; the worker is asked by JobPlan.wants_totals, for all
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +222,13 @@ class JobPlan:
             denominator = math.nan if spec.denominator is None else spec.denominator
             parts.append(
                 _SPEC.pack(
-                    spec.kind, spec.reduction, spec.include_gradient, spec.parameter, denominator, spec.gradient_scale
+                    spec.kind,
+                    spec.reduction,
+                    spec.include_gradient,
+                    spec.include_total,
+                    spec.parameter,
+                    denominator,
+                    spec.gradient_scale,
                 )
             )
         for tensor in self.operands:
@@ -230,9 +239,8 @@ class JobPlan:
 
 _VERSION: Final = 2
 _HEADER: Final = struct.Struct("<BB???3x")  # version, spec count, has weight, has mask, wants totals
-_SPEC: Final = struct.Struct(
-    "<BB?5xddd"
-)  # kind, reduction, include_gradient, parameter, denominator (NaN: none), scale
+# kind, reduction, include_gradient, include_total, parameter, denominator (NaN: none), scale
+_SPEC: Final = struct.Struct("<BB??4xddd")
 _TENSOR: Final = struct.Struct(f"<BB6x{MAX_RANK}q")  # data type, rank, shape
 
 
@@ -245,7 +253,9 @@ def unpack_header(header: bytes) -> JobPlan:
     offset = _HEADER.size
     specs: list[SpecPlan] = []
     for _ in range(spec_count):
-        kind, reduction, include_gradient, parameter, denominator, scale = _SPEC.unpack_from(header, offset)
+        kind, reduction, include_gradient, include_total, parameter, denominator, scale = _SPEC.unpack_from(
+            header, offset
+        )
         offset += _SPEC.size
         specs.append(
             SpecPlan(
@@ -255,6 +265,7 @@ def unpack_header(header: bytes) -> JobPlan:
                 include_gradient=include_gradient,
                 denominator=None if math.isnan(denominator) else denominator,
                 gradient_scale=scale,
+                include_total=include_total,
             )
         )
     tensors: list[TensorPlan] = []

@@ -47,6 +47,7 @@ def view_of(message: pb.ComputeLossResponse) -> codec.ResponseView:
                 result.nonfinite_count,
                 tensor_view(result, "target_gradient"),
                 tensor_view(result, "input_gradient"),
+                result.total.SerializeToString(deterministic=True) if result.HasField("total") else None,
             )
             for result in message.results
         ),
@@ -60,8 +61,11 @@ def comparable(view: codec.ResponseView) -> object:
     def bits(value: float | None) -> bytes | None:
         return None if value is None else struct.pack("<d", value)
 
+    def plain(total: bytes | None) -> bytes | None:  # the codec hands its bytes on in whatever form they came
+        return None if total is None else pb.LossState.FromString(total).SerializeToString(deterministic=True)
+
     results = [
-        result._replace(scalar=bits(result.scalar), weight_sum=bits(result.weight_sum))  # type: ignore[arg-type]
+        result._replace(scalar=bits(result.scalar), weight_sum=bits(result.weight_sum), total=plain(result.total))  # type: ignore[arg-type]
         for result in view.results
     ]
     return view.stats, results, view.idempotency_key

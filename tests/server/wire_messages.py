@@ -36,6 +36,7 @@ specs = st.builds(
     include_gradient=st.booleans(),
     denominator=st.none() | DOUBLE,
     gradient_scale=st.none() | DOUBLE,
+    include_total=st.booleans(),
 )
 requests = st.builds(
     pb.ComputeLossRequest,
@@ -64,6 +65,16 @@ def _one_of_loss(result: pb.LossResult, scalar: float | None, tensor: tensor_pb2
     return result
 
 
+totals = st.builds(
+    pb.LossState,
+    partial_sums=st.lists(DOUBLE, max_size=3),
+    element_count=INT64,
+    weight_sum=DOUBLE,
+    min=DOUBLE,
+    max=DOUBLE,
+    nonfinite_count=INT64,
+    weight_partial_sums=st.lists(DOUBLE, max_size=2),
+)
 results = st.builds(
     _one_of_loss,
     st.builds(
@@ -73,6 +84,7 @@ results = st.builds(
         nonfinite_count=INT64,
         target_gradient=st.none() | tensors,
         input_gradient=st.none() | tensors,
+        total=st.none() | totals,
     ),
     st.none() | DOUBLE,
     tensors,
@@ -213,7 +225,8 @@ result_bytes = soup(
     number_field(5),
     payload_field(6, tensor_bytes),
     payload_field(7, tensor_bytes),
-    known=frozenset(range(1, 8)),
+    payload_field(8, totals.map(lambda total: total.SerializeToString())),
+    known=frozenset(range(1, 9)),
 )
 response_bytes = soup(
     payload_field(1, stats_bytes), payload_field(2, result_bytes), text_field(3), known=frozenset((1, 2, 3))

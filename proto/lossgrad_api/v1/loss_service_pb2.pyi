@@ -25,7 +25,7 @@ REDUCTION_SAMPLE_MEAN: Reduction
 REDUCTION_SAMPLE_SUM: Reduction
 
 class LossSpec(_message.Message):
-    __slots__ = ("smooth_l1", "huber", "l1", "mse", "reduction", "include_gradient", "denominator", "gradient_scale")
+    __slots__ = ("smooth_l1", "huber", "l1", "mse", "reduction", "include_gradient", "denominator", "gradient_scale", "include_total")
     SMOOTH_L1_FIELD_NUMBER: _ClassVar[int]
     HUBER_FIELD_NUMBER: _ClassVar[int]
     L1_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,7 @@ class LossSpec(_message.Message):
     INCLUDE_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     DENOMINATOR_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_SCALE_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_TOTAL_FIELD_NUMBER: _ClassVar[int]
     smooth_l1: SmoothL1Loss
     huber: HuberLoss
     l1: L1Loss
@@ -42,7 +43,8 @@ class LossSpec(_message.Message):
     include_gradient: bool
     denominator: float
     gradient_scale: float
-    def __init__(self, smooth_l1: _Optional[_Union[SmoothL1Loss, _Mapping]] = ..., huber: _Optional[_Union[HuberLoss, _Mapping]] = ..., l1: _Optional[_Union[L1Loss, _Mapping]] = ..., mse: _Optional[_Union[MseLoss, _Mapping]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., include_gradient: bool = ..., denominator: _Optional[float] = ..., gradient_scale: _Optional[float] = ...) -> None: ...
+    include_total: bool
+    def __init__(self, smooth_l1: _Optional[_Union[SmoothL1Loss, _Mapping]] = ..., huber: _Optional[_Union[HuberLoss, _Mapping]] = ..., l1: _Optional[_Union[L1Loss, _Mapping]] = ..., mse: _Optional[_Union[MseLoss, _Mapping]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., include_gradient: bool = ..., denominator: _Optional[float] = ..., gradient_scale: _Optional[float] = ..., include_total: bool = ...) -> None: ...
 
 class SmoothL1Loss(_message.Message):
     __slots__ = ("beta",)
@@ -93,7 +95,7 @@ class ComputeLossResponse(_message.Message):
     def __init__(self, stats: _Optional[_Union[ComputeStats, _Mapping]] = ..., results: _Optional[_Iterable[_Union[LossResult, _Mapping]]] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
 class LossResult(_message.Message):
-    __slots__ = ("scalar", "tensor", "element_count", "weight_sum", "nonfinite_count", "target_gradient", "input_gradient")
+    __slots__ = ("scalar", "tensor", "element_count", "weight_sum", "nonfinite_count", "target_gradient", "input_gradient", "total")
     SCALAR_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     ELEMENT_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +103,7 @@ class LossResult(_message.Message):
     NONFINITE_COUNT_FIELD_NUMBER: _ClassVar[int]
     TARGET_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     INPUT_GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
     scalar: float
     tensor: _tensor_pb2.Tensor
     element_count: int
@@ -108,7 +111,8 @@ class LossResult(_message.Message):
     nonfinite_count: int
     target_gradient: _tensor_pb2.Tensor
     input_gradient: _tensor_pb2.Tensor
-    def __init__(self, scalar: _Optional[float] = ..., tensor: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., element_count: _Optional[int] = ..., weight_sum: _Optional[float] = ..., nonfinite_count: _Optional[int] = ..., target_gradient: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., input_gradient: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    total: LossState
+    def __init__(self, scalar: _Optional[float] = ..., tensor: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., element_count: _Optional[int] = ..., weight_sum: _Optional[float] = ..., nonfinite_count: _Optional[int] = ..., target_gradient: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., input_gradient: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., total: _Optional[_Union[LossState, _Mapping]] = ...) -> None: ...
 
 class ComputeStats(_message.Message):
     __slots__ = ("queue_ns", "pack_ns", "compute_ns", "unpack_ns", "batch_request_count", "batch_element_count", "device")

@@ -85,7 +85,9 @@ class RequestChecker:
         return plan, WorkItem(plan.header, tuple(views)), view.idempotency_key
 
     def _plan(self, request: pb.ComputeLossRequest, view: codec.RequestView) -> JobPlan:
-        plan = plan_of(check_specs(request.specs), request, view, allow_broadcast=request.allow_broadcast)
+        specs = check_specs(request.specs)
+        wants_totals = any(spec.include_total for spec in specs)
+        plan = plan_of(specs, request, view, allow_broadcast=request.allow_broadcast, wants_totals=wants_totals)
         check_size(plan, self._max_message_bytes)
         return plan
 
@@ -202,7 +204,22 @@ def _check_spec(path: str, spec: pb.LossSpec) -> SpecPlan:
     gradient_scale = spec.gradient_scale if spec.HasField("gradient_scale") else 1.0
     if not math.isfinite(gradient_scale):
         raise _bad_parameter(f"{path}.gradient_scale", gradient_scale, "finite")
-    return SpecPlan(_KINDS[function], parameter, reduction, spec.include_gradient, denominator, gradient_scale)
+    if spec.include_total and reduction.is_per_sample:
+        raise InvalidRequest(
+            f"{path}.include_total is set, but its reduction is {reduction.name.lower()}, which has no total; leave it "
+            "out, or ask for none, mean or sum",
+            reason=Reason.BAD_PARAMETER,
+            field=f"{path}.include_total",
+        )
+    return SpecPlan(
+        _KINDS[function],
+        parameter,
+        reduction,
+        spec.include_gradient,
+        denominator,
+        gradient_scale,
+        spec.include_total,
+    )
 
 
 def _check_reduction(path: str, number: int) -> Reduction:
