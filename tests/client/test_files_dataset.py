@@ -35,8 +35,9 @@ def save(path: str, array: Any, dtype: Any = np.float32) -> np.ndarray[Any, Any]
 
 def dataset(predictions: str = "p.npy", targets: str = "t.npy", *, slice_elements: int = 8, **options: Any) -> Dataset:
     policy = options.pop("nan_policy", NanPolicy.PROPAGATE)
+    keep = options.pop("keep_orders", False)
     files = DatasetFiles(predictions, targets, **options)
-    _opened.append(Dataset(files, nan_policy=policy, slice_elements=slice_elements))
+    _opened.append(Dataset(files, nan_policy=policy, slice_elements=slice_elements, keep_orders=keep))
     return _opened[-1]
 
 
@@ -99,7 +100,7 @@ def test_weights_masks_and_groups_may_have_one_value_a_row() -> None:
 
 
 def test_groups_gather_their_elements_in_order() -> None:
-    predictions, _ = save_pair((4, 3))
+    save_pair((4, 3))
     save("g.npy", [2, 10, 2, 10], np.int64)
     save("w.npy", np.arange(12).reshape(4, 3))
     data = dataset(group="g.npy", weight="w.npy")
@@ -107,9 +108,18 @@ def test_groups_gather_their_elements_in_order() -> None:
     assert [each.tolist() for each in data[0]["input"]] == [[0, 1, 2, 6, 7], [3, 4, 5]]
     assert [each.tolist() for each in data[0]["weight"]] == [[0, 1, 2, 6, 7], [3, 4, 5]]
     assert [each.tolist() for each in data[1]["input"]] == [[8], [9, 10, 11]]
-    order, names, counts = data.groups(0)
-    assert (names, counts) == (["2", "10"], [5, 3])
-    np.testing.assert_array_equal(predictions.reshape(-1)[:8][order], [0, 1, 2, 6, 7, 3, 4, 5])
+    assert data.take_order(0) is None
+
+
+def test_the_places_of_groups_elements_are_kept_until_they_are_asked_for() -> None:
+    predictions, _ = save_pair((4, 3))
+    save("g.npy", [2, 10, 2, 10], np.int64)
+    data = dataset(group="g.npy", keep_orders=True)
+    assert data.take_order(0) is None
+    gathered = np.concatenate(data[0]["input"])
+    order = data.take_order(0)
+    np.testing.assert_array_equal(predictions.reshape(-1)[:8][order], gathered)
+    assert data.take_order(0) is None
 
 
 def test_each_file_may_be_a_group() -> None:

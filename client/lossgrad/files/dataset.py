@@ -49,7 +49,10 @@ class Piece(NamedTuple):
 
 
 class Dataset(Sequence[dict[str, Any]]):
-    """The slices of a data set; each is read when it is asked for, fastest in order. Raises FileError, NanFound."""
+    """The slices of a data set; each is read when it is asked for, fastest in order. Raises FileError, NanFound.
+
+    `keep_orders` is for who puts back into its place what comes of groups' elements: see `take_order`.
+    """
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class Dataset(Sequence[dict[str, Any]]):
         *,
         nan_policy: NanPolicy = NanPolicy.PROPAGATE,
         slice_elements: int = SLICE_ELEMENTS,
+        keep_orders: bool = False,
     ) -> None:
         self.files = files
         self.nan_policy = nan_policy
@@ -69,6 +73,8 @@ class Dataset(Sequence[dict[str, Any]]):
         self._first_slices = _running([-(-count // slice_elements) for count in counts])
         self._offsets = _running(counts)
         self._open_shard = 0
+        # With keep_orders, of the slices that were read and not asked for.
+        self._orders: dict[int, _Array] | None = {} if keep_orders else None
 
     def __len__(self) -> int:
         return self._first_slices[-1]
@@ -78,7 +84,10 @@ class Dataset(Sequence[dict[str, Any]]):
         shard, piece = self._go_to(index)
         arrays = self._arrays(shard, piece.start, piece.stop)
         if shard.group is not None:
-            order, names, counts = self.groups(index)
+            width = shard.predictions.element_count // shard.group.element_count
+            order, names, counts = self._groups(shard.group, width, piece)
+            if self._orders is not None:
+                self._orders[index] = order
             ends = np.cumsum(counts)[:-1]
             lists: dict[str, Any] = {role: np.split(values[order], ends) for role, values in arrays.items()}
             return {**lists, "group": names}
@@ -93,14 +102,18 @@ class Dataset(Sequence[dict[str, Any]]):
         count = self.shards[shard].predictions.element_count
         return Piece(shard, start, min(count, start + self.slice_elements), self._offsets[shard])
 
-    def groups(self, index: int) -> tuple[_Array, list[str], list[int]]:
-        """Return the elements of a slice in the order of their groups, the groups' names, and how many each has."""
-        shard, piece = self._go_to(index)
-        if shard.group is None:
-            raise ValueError("this data set has no groups")
-        width = shard.predictions.element_count // shard.group.element_count
+    def take_order(self, index: int) -> _Array | None:
+        """Return, once, the places in a slice of the elements of its groups, one group after the other; None without groups.
+
+        For data sets made with `keep_orders`, after the slice was read.
+        """
+        return self._orders.pop(index, None) if self._orders is not None else None
+
+    @staticmethod
+    def _groups(group: ArrayFile, width: int, piece: Piece) -> tuple[_Array, list[str], list[int]]:
+        """Return a slice's elements in the order of their groups, the groups' names, and how many elements each has."""
         first = piece.start // width
-        indexes, names = shard.group.labels(first, -(-piece.stop // width))
+        indexes, names = group.labels(first, -(-piece.stop // width))
         indexes = _spread(indexes, width, piece.start - first * width, piece.stop - piece.start)
         # Sixteen bits are sorted by radix, in a tenth of the time.
         indexes = indexes.astype(np.uint16 if len(names) <= 1 << 16 else np.int64, copy=False)
