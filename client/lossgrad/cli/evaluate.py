@@ -17,7 +17,7 @@ from lossgrad.cli.outcome import CheckFailed, ExitCode, Terminated, UsageError, 
 from lossgrad.cli.progress_bar import shown_progress
 from lossgrad.cli.report_output import check_folder, check_plot, plain_report, show_report, write_report
 from lossgrad.cli.workers import evaluate_with_workers
-from lossgrad.files import Dataset, DatasetFiles, FileError, NanFound, NanPolicy
+from lossgrad.files import SLICE_ELEMENTS, Dataset, DatasetFiles, FileError, NanFound, NanPolicy
 from lossgrad.report import EvaluationReport
 
 _MAX_LOSSES: Final = 16
@@ -87,6 +87,7 @@ def _task(options: argparse.Namespace) -> EvaluationTask:
         gradient_of=options.gradient_of,
         per_batch=options.plot is not None,
         sync_gradients=options.checkpoint is not None,
+        slice_elements=SLICE_ELEMENTS,
         options=options,
     )
 

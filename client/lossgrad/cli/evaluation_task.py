@@ -35,11 +35,17 @@ class EvaluationTask:
     gradient_of: str
     per_batch: bool
     sync_gradients: bool
+    slice_elements: int
     options: argparse.Namespace
 
     def open_data(self) -> Dataset:
         """Open the files. Raises FileError."""
-        return Dataset(self.files, nan_policy=self.nan_policy, keep_orders=self.gradient_out is not None)
+        return Dataset(
+            self.files,
+            nan_policy=self.nan_policy,
+            slice_elements=self.slice_elements,
+            keep_orders=self.gradient_out is not None,
+        )
 
     def gradient_files(self, data: Dataset) -> GradientFiles | None:
         """Return the files to write gradients to, not open yet; None where none are asked for."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from lossgrad.cli.losses import label_of
 from lossgrad.cli.outcome import UsageError, cause
+from lossgrad.cli.report_output import check_folder
 from lossgrad.files import Dataset
 from lossgrad.losses import Loss
 
@@ -37,6 +38,10 @@ class GradientFiles:
         self._paths = [Path(pattern.replace(_PLACE, _file_name(loss))) for loss in losses]
         if len(set(self._paths)) < len(self._paths):
             raise UsageError(f"--gradient-out {pattern!r} names the same file for two losses; give each loss once")
+        for path in self._paths:
+            check_folder("--gradient-out", path)
+            if path.is_dir():
+                raise UsageError(f"--gradient-out {str(path)!r} cannot be written: it is a folder")
         self._shape, self._dtype = _shape_and_type(data)
         header = io.BytesIO()
         description = {"descr": self._dtype.str, "fortran_order": False, "shape": self._shape}
