@@ -18,7 +18,7 @@ from bench.transport_probe import with_probe
 from lossgrad_api.allocator import keep_large_blocks
 from lossgrad_server.config import from_command_line
 from lossgrad_server.jobs import JobPlan, unpack_header
-from lossgrad_server.work import SPEC_RESULT, BatchResult, DeviceWorker, Done, Pending, WorkItem, WorkResult
+from lossgrad_server.work import SPEC_RESULT, BatchResult, DeviceWorker, Done, Pending, SpecTotal, WorkItem, WorkResult
 
 
 class IdleWorker:
@@ -47,9 +47,11 @@ class IdleWorker:
 def _answer(item: WorkItem) -> WorkResult:
     plan = unpack_header(item.header)
     scalars = SPEC_RESULT.pack(0.0, plan.element_count, float(plan.element_count), 0) * len(plan.specs)
-    return WorkResult(
-        scalars, tuple(np.empty(output.tensor.byte_count, np.uint8).data.toreadonly() for output in plan.outputs)
-    )
+    outputs = tuple(np.empty(output.tensor.byte_count, np.uint8).data.toreadonly() for output in plan.outputs)
+    if not plan.wants_totals:
+        return WorkResult(scalars, outputs)
+    total = SpecTotal(0.0, 1.0, (0.125, 1e-18), (float(plan.element_count),)).pack()
+    return WorkResult(scalars, outputs, total * len(plan.specs))
 
 
 def main() -> None:

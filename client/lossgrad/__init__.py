@@ -39,9 +39,11 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from lossgrad.losses import L1, MSE, Huber, Loss, SmoothL1
+    from lossgrad.metric import LossMetric
     from lossgrad.progress import Progress
     from lossgrad.report import BatchError, BatchResult, EvaluationReport, LossSummary, Throughput
     from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing
+    from lossgrad.sweep import SweepResult
     from lossgrad_api.allocator import keep_large_blocks
 
     __version__: str
@@ -67,9 +69,11 @@ _MODULES: Final = {
         "lossgrad.errors",
     ),
     **dict.fromkeys(("L1", "MSE", "Huber", "Loss", "SmoothL1"), "lossgrad.losses"),
+    "LossMetric": "lossgrad.metric",
     "Progress": "lossgrad.progress",
     **dict.fromkeys(("BatchError", "BatchResult", "EvaluationReport", "LossSummary", "Throughput"), "lossgrad.report"),
     **dict.fromkeys(("LossResult", "ServerInfo", "ServerLimits", "Timing"), "lossgrad.results"),
+    "SweepResult": "lossgrad.sweep",
     "keep_large_blocks": "lossgrad_api.allocator",
 }
 
@@ -88,6 +92,7 @@ __all__ = [
     "InvalidRequest",
     "Loss",
     "LossClient",
+    "LossMetric",
     "LossResult",
     "LossSummary",
     "LossgradError",
@@ -98,6 +103,7 @@ __all__ = [
     "ServerInfo",
     "ServerLimits",
     "SmoothL1",
+    "SweepResult",
     "Throughput",
     "Timing",
     "Unauthenticated",

@@ -41,13 +41,14 @@ from lossgrad.large import LargeCall, compute_in_tasks, is_too_large, may_be_cut
 from lossgrad.loss_methods import LossMethods
 from lossgrad.losses import Loss
 from lossgrad.results import LossResult, ServerInfo
+from lossgrad.sweep import AsyncSweepMethods
 from lossgrad.task_stream import TaskStream
 from lossgrad.tensor_buffer import filled, gradient_outs
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
 from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
 
 
-class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluateMethods):
+class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluateMethods, AsyncSweepMethods):
     """LossClient for asyncio: the same arguments, methods and results, awaited. Use it as an async context manager.
 
     Calls with small tensors that are under way at the same time travel together, many to a message, which takes a small

@@ -39,7 +39,7 @@ HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
 # grpc.health.v1.HealthCheckRequest{service: SERVICE}; two fields are not worth depending on another package.
 HEALTH_REQUEST: Final = b"\x0a" + bytes((len(SERVICE),)) + SERVICE.encode()
 _SERVING: Final = b"\x08\x01"
-_MAX_SPECS: Final = 16
+MAX_SPECS: Final = 16
 # Below this a request is joined when it is made. A second copy costs less there than handling parts, and the caller may
 # use the arrays for something else.
 JOINED_BYTES: Final = 256 * 1024
@@ -151,9 +151,9 @@ def as_losses(losses: Losses) -> tuple[tuple[Loss, ...], bool]:
                 reason="UNKNOWN_LOSS",
                 field="losses",
             )
-    if not 1 <= len(several) <= _MAX_SPECS:
+    if not 1 <= len(several) <= MAX_SPECS:
         raise InvalidRequest(
-            f"losses holds {len(several)} losses; one request takes 1 to {_MAX_SPECS}",
+            f"losses holds {len(several)} losses; one request takes 1 to {MAX_SPECS}",
             reason="SPEC_COUNT",
             field="losses",
         )

@@ -39,6 +39,7 @@ from lossgrad.large import LargeCall, compute_in_threads, is_too_large, may_be_c
 from lossgrad.loss_methods import LossMethods
 from lossgrad.losses import Loss
 from lossgrad.results import LossResult, ServerInfo
+from lossgrad.sweep import SweepMethods
 from lossgrad.tensor_buffer import filled, gradient_outs
 from lossgrad.thread_stream import ThreadStream, inherited
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
@@ -58,7 +59,7 @@ class Channel(Protocol):
         """End everything under way."""
 
 
-class LossClient(LossMethods[LossResult], EvaluateMethods):
+class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
     """Computes losses on a lossgrad server. Use it as a context manager, or call `close`.
 
     Every argument left out is read from its environment variable, LOSSGRAD_TARGET and so on.

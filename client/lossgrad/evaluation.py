@@ -258,6 +258,11 @@ class Evaluation:
             servers=self._servers,
         )
 
+    def take_errors(self) -> list[BatchError]:
+        """Return the errors collected so far, as not collected."""
+        errors, self._errors = self._errors, []
+        return errors
+
     def save(self) -> None:
         """Write the checkpoint, if there is one and anything was done since it was read."""
         # Interrupted while it counts, the state is half one: the file then stays as it was written last.

@@ -24,8 +24,8 @@ from lossgrad_api.codec import Buffer, CodecError, ResponseView, decode_stream_r
 
 # On one lane. Four full messages: one that the server computes, one that waits there, one under way, one being packed.
 MAX_SLICES: Final = 4 * MAX_REQUESTS_PER_MESSAGE
-# Slices from here on have a message of their own.
-ALONE_BYTES: Final = 256 * 1024
+# Slices from here on have a message of their own. Below, a message's own cost is worth the second copy that packing takes.
+ALONE_BYTES: Final = 512 * 1024
 _MAX_ATTEMPTS: Final = 16  # counted for the backoff's sake
 _MAX_ODD_BREAKS: Final = 5
 # How streams end where something between here and the server breaks. UNAVAILABLE nearly always, and for as long as the
@@ -168,6 +168,8 @@ class SliceWindow:
         """Take note that a lane's stream is gone. Raises the error where trying again is no use, or patience runs out."""
         lane = self.lanes[number]
         lane.must_reopen = False
+        if not lane.sent:
+            return  # nothing is lost: the next message opens another
         if error.code is not grpc.StatusCode.UNAVAILABLE:
             lane.odd_breaks += 1
             if error.code not in _ODD_CODES or lane.odd_breaks > _MAX_ODD_BREAKS:
@@ -228,6 +230,8 @@ class SliceWindow:
                 request.parts.clear()
             self._large.append(request)
         else:
+            if len(request.parts) > 1:
+                request.parts = [b"".join(request.parts)]
             self._small.append(request)
             self._small_bytes += request.byte_count
 

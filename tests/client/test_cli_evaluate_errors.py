@@ -250,7 +250,7 @@ def test_with_the_core_dependencies_alone_it_works_and_says_what_more_needs(eval
         ),
         (
             ("p.npy", "t.npy", "--embedded"),
-            "needs the server (lossgrad_server is not installed): pip install 'lossgrad[",
+            "is not installed): pip install 'lossgrad[server]'",
         ),
     ):
         done = run(*arguments)
@@ -260,10 +260,6 @@ def test_with_the_core_dependencies_alone_it_works_and_says_what_more_needs(eval
 
 
 def test_without_a_server_of_its_own_it_computes_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "p.npy", "t.npy", "--loss", "l1", "--embedded", "--quiet", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["losses"][0]["sum"] == 20.0
-    assert report["servers"][0]["target"] == "the embedded server"
     assert main(["compute", "p.npy", "t.npy", "--loss", "l1", "--embedded"]) == 0
     assert capsys.readouterr().out == "l1 mean: 1.0 (20 elements)\n"
 
