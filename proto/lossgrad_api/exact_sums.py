@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import Final
 
 _UNIT_EXPONENT: Final = 1074  # the smallest float64 above 0 is 2^-1074
@@ -100,18 +101,19 @@ class ExactSum:
         return tuple(partials)
 
     def quotient(self, divisor: float) -> float:
-        """Return the sum, rounded, over a divisor, rounded again: to the bit what the engine answers with.
+        """Return the sum over a divisor, rounded about once: to the bit what the engine answers with (work.SpecTotal).
 
         As IEEE 754 has it where the divisor is 0, which Python would refuse.
         """
-        value = self.rounded
-        if divisor:
-            result = value / divisor
-        elif value:
-            result = math.copysign(math.inf, value) * math.copysign(1.0, divisor)
-        else:
-            result = math.nan
-        return math.nan if math.isnan(value) or math.isnan(result) else result
+        high, low, *_ = *self.partials, 0.0, 0.0
+        if math.isinf(self.rounded):
+            high, low = self.rounded, 0.0
+        result = _divide(high, divisor)
+        if math.isfinite(result) and not math.isinf(divisor):
+            # What the first division left, rounded once, as a fused multiply-add has it; math.fma is new in Python 3.13.
+            rest = float(Fraction(high) - Fraction(result) * Fraction(divisor))
+            result += _divide(rest + low, divisor)
+        return math.nan if math.isnan(result) else result
 
 
 ZERO: Final = ExactSum()
@@ -127,3 +129,9 @@ def _nearest(units: int) -> float:
         return units / _UNITS  # of whole numbers: rounded once, ties to even
     except OverflowError:
         return math.inf if units > 0 else -math.inf
+
+
+def _divide(value: float, divisor: float) -> float:
+    if divisor:
+        return value / divisor
+    return value * math.copysign(math.inf, divisor) if value else math.nan

@@ -95,8 +95,8 @@ class LossTotal:
 
     @property
     def sum(self) -> float:
-        """The sum of w * l, rounded once: the answer of the reduction sum."""
-        return self.exact_sum.rounded
+        """The sum of w * l: to the bit the answer of the reduction sum."""
+        return self.exact_sum.quotient(1.0)
 
     @property
     def weight_sum(self) -> float:
@@ -105,7 +105,7 @@ class LossTotal:
 
     @property
     def mean(self) -> float:
-        """The sum of w * l over the sum of w: the answer of the reduction mean. NaN where nothing took part."""
+        """The sum of w * l over the sum of w: to the bit the answer of the reduction mean. NaN where nothing took part."""
         return self.exact_sum.quotient(self.weight_sum)
 
     def mean_over(self, denominator: float) -> float:

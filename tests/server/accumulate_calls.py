@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +12,15 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from lossgrad_api import codec
 from lossgrad_api.accumulation import Accumulation
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_api.v1.loss_service_pb2_grpc import LossServiceStub
 from lossgrad_api.v1.tensor_pb2 import Tensor
+from lossgrad_server.transport.accumulate import AccumulationSession
 from tests.server.calling import Failure, failure_of
 from tests.server.requests import tensor
-from tests.server.serving import PATIENCE_SECONDS
+from tests.server.serving import PATIENCE_SECONDS, RunningServer
 
 CHUNK = 4096  # the bits of a tensor that is cut at multiples of this are those of the whole
 
@@ -138,6 +140,21 @@ class Stream:
 
     def __iter__(self) -> Iterator[pb.AccumulateLossResponse]:
         return iter(self.call)
+
+
+class EndlessCall:
+    """A call whose deadline never comes, for sessions without a transport."""
+
+    method = codec.ACCUMULATE_LOSS
+    metadata: dict[str, str | bytes] = {}  # noqa: RUF012
+    deadline = None
+    peer = ""
+
+
+def session_on(running: RunningServer, send: Callable[[bytes], Any]) -> AccumulationSession:
+    return AccumulationSession(
+        running.server._core.pipeline, send, max_groups=4096, max_message_bytes=running.config.max_message_bytes
+    )
 
 
 def parts_of(length: int, cuts: Iterable[int]) -> list[slice]:

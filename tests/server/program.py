@@ -8,16 +8,17 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 
 from tests.server.serving import PATIENCE_SECONDS
 
 
 class Program:
-    """A running lossgrad-server."""
+    """A running lossgrad-server, or another program that is one."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
+    def __init__(self, *arguments: str, program: Sequence[str] = ("-m", "lossgrad_server"), **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lossgrad_server", "--device", "cpu", *arguments],
+            [sys.executable, *program, "--device", "cpu", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

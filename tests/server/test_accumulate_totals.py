@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import grpc
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lossgrad_api.accumulation import Accumulation, LossTotal
@@ -20,7 +20,7 @@ from tests.server.requests import array, request
 from tests.server.serving import PATIENCE_SECONDS, RunningServer
 
 LENGTH = 9 * CHUNK + 123
-ENGINES = ["plain"]
+ENGINES = ["fused", "plain"]
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -59,6 +59,7 @@ def test_any_partition_at_whole_chunks_in_any_order_and_sharding_has_the_bits_of
     expected = whole(stub, x, y, *specs, dtype=dtype, weight=weight, mask=mask)
     states: set[bytes] = set()
 
+    @settings(max_examples=10)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         parts = data.draw(st.permutations(parts_of(LENGTH, data.draw(st.sets(st.integers(1, 9))))))
@@ -236,3 +237,21 @@ def test_gradients_come_in_the_shape_and_type_of_their_tensors(stub: LossService
     gradient = array(answers.results[0].results[0].input_gradient)
     assert (gradient.shape, gradient.dtype) == ((2, 3), np.dtype("float16"))
     assert (gradient == np.sign(x)).all()
+
+
+def test_sums_that_are_hard_to_round_have_the_engines_bits(stub: LossServiceStub) -> None:
+    """What is left of the exact sum rounds to half a unit of its nearest float64: a tie."""
+    x = np.zeros(3 * CHUNK)
+    x[::CHUNK] = 1.0
+    weight = np.ones(x.size)
+    weight[::CHUNK] = 1.0 + 2.0**-52, 2.0**-53, -(2.0**-200)
+    specs = (SUM, pb.LossSpec(l1=pb.L1Loss(), denominator=3.0))
+    operands = {"dtype": "float64", "weight": weight}
+    expected = whole(stub, x, np.zeros(x.size), *specs, **operands)
+    slices = [
+        slice_of(number, x[part], np.zeros(CHUNK), dtype="float64", weight=weight[part])
+        for number, part in enumerate(parts_of(x.size, (1, 2)), 1)
+    ]
+    sum_total, mean_total = accumulate(stub, config(*specs), slices).state.overall
+    assert sum_total.exact_sum.partials == (1.0 + 2.0**-52, 2.0**-53, -(2.0**-200))
+    assert (sum_total.sum, mean_total.mean_over(3.0)) == (expected[0].scalar, expected[1].scalar)

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -15,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from lossgrad_api.codec import SERVICE
 from lossgrad_api.v1 import loss_service_pb2 as pb
+from tests.server import losing_server
 from tests.server.calling import Connect, stub_on
 from tests.server.program import Program
 from tests.server.requests import request
@@ -28,8 +30,8 @@ ONE = pb.StreamComputeLossRequest(requests=[pb.TaggedRequest(tag=1, request=GOOD
 def start() -> Iterator[Callable[..., Program]]:
     programs: list[Program] = []
 
-    def run(*arguments: str, **environment: str) -> Program:
-        programs.append(Program(*arguments, **environment))
+    def run(*arguments: str, **options: Any) -> Program:
+        programs.append(Program(*arguments, **options))
         return programs[-1]
 
     yield run
@@ -142,3 +144,31 @@ def test_a_port_that_is_taken_ends_it_with_2_and_one_line(start: Callable[..., P
     assert len(ours) == 1
     assert f"cannot listen on 127.0.0.1:{port}" in ours[0]
     assert not any("Traceback" in line for line in program.logged)
+
+
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_a_lost_device_ends_it_with_3_after_a_drain(
+    start: Callable[..., Program], connect: Connect, is_streaming: bool
+) -> None:
+    program = start(
+        *("--port", "0", "--metrics-port", "-1", "--drain-delay-seconds", "0", "--drain-grace-seconds", "600"),
+        program=["-P", losing_server.__file__],
+    )
+    channel = connect(program.address())
+    stub = stub_on(channel)
+    assert stub.ComputeLoss(GOOD).results
+    stream = OpenStream(channel) if is_streaming else None
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ComputeLoss(request([0.0] * losing_server.LOST_AT, [1.0] * losing_server.LOST_AT))
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert "the device cpu failed" in str(caught.value.details())
+    program.wait_until_logged("Device cpu is lost")
+    if stream is not None:
+        # The drain waits for it and answers it, though nothing can be computed any more.
+        answer = stream.ask_again().responses[0]
+        assert answer.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+        stream.close()
+        assert list(stream.answers) == []
+    assert program.end() == 3
+    assert program.logged[-1] == "lossgrad-server: device cpu failed; this process cannot use it any more\n"
+    assert not any("Traceback" in text for text in program.logged)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lossgrad_server.engine.exact_sums import exact_sum, rounded
+from lossgrad_server.engine.exact_sums import exact_sum, quotient, rounded
 from lossgrad_server.engine.losses import loss_and_derivative
 from lossgrad_server.engine.reductions import CHUNK_ELEMENTS, RowSums, sum_to_shape
 from lossgrad_server.engine.tensors import TORCH_TYPES, OperandReader, round_into
@@ -171,9 +171,7 @@ class Computation:
         elif sums is not None:
             total = sums.total()
             if spec.reduction.is_scalar:
-                (scalar,) = self._full(1, rounded(total)) / (1.0 if divisors is None else divisors)
-                # Of the many NaNs, 0 / 0 gives another one.
-                scalar = scalar.masked_fill(scalar.isnan(), math.nan)
+                (scalar,) = self._full(1, quotient(total, 1.0 if divisors is None else divisors.item()))
         return scalar, nonfinite_count.to(torch.float64), total
 
     def _difference(self, start: int, stop: int) -> Tensor:

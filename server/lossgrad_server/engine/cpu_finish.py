@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from lossgrad_server.engine.cpu_exact import exact_sum, nearest_sum
 from lossgrad_server.engine.cpu_intrinsics import array_at, fused_multiply_add
 from lossgrad_server.engine.cpu_layout import (
     CHUNK,
     MASK,
+    SCRATCH_DIFFERENCE,
     SCRATCH_INPUT,
     SHORT_ROW,
     SPEC_DIVISOR,
@@ -21,7 +23,6 @@ from lossgrad_server.engine.cpu_layout import (
 )
 from lossgrad_server.engine.cpu_native import inlined, native
 from lossgrad_server.engine.cpu_passes import quotient, row_loss, store
-from lossgrad_server.engine.cpu_sums import compensated, two_sum
 from lossgrad_server.engine.cpu_tables import (
     frame_at,
     job_of,
@@ -31,22 +32,26 @@ from lossgrad_server.engine.cpu_tables import (
     state_of,
 )
 from lossgrad_server.jobs import Reduction
-from lossgrad_server.work import SPEC_RESULT
+from lossgrad_server.work import MAX_PARTIALS, SPEC_RESULT, SPEC_TOTAL
 
 _MEAN, _SUM, _SAMPLE_MEAN = int(Reduction.MEAN), int(Reduction.SUM), int(Reduction.SAMPLE_MEAN)
-_RESULT_BYTES = SPEC_RESULT.size
+_RESULT_BYTES, _TOTAL_BYTES = SPEC_RESULT.size, SPEC_TOTAL.size
 
 
 @inlined
 def _combine(frame: Any, first: Any, count: Any) -> Any:
-    """Add partial sums in the order of their index. Returns the sum, and what rounding lost of it."""
-    partials = state_of(frame, first, count)
+    """Return the float64 nearest to the exact sum of partial sums, and the one nearest to what that leaves."""
+    return nearest_sum(frame.state + 8 * first, count, frame.scratch + SCRATCH_DIFFERENCE)
+
+
+@inlined
+def _count(frame: Any, first: Any, units: Any) -> Any:
+    """Add up counts."""
+    counts = state_of(frame, first, units)
     total = 0.0
-    lost = 0.0
-    for index in range(count):
-        total, error = two_sum(total, partials[index])
-        lost += error
-    return total, (lost if np.isfinite(total) else 0.0)
+    for index in range(units):
+        total += counts[index]
+    return total
 
 
 @native("int64(int64, int64, int64)")
@@ -59,8 +64,7 @@ def divide_rows(address: int, begin: int, end: int) -> int:
     chunks = (job.row_length + CHUNK - 1) // CHUNK
     of_rows = state_of(frame, job.row_divisors, job.row_count)
     for row in range(begin, end):
-        total, lost = _combine(frame, job.row_planes + row * chunks, chunks)
-        of_rows[row] = total + lost
+        of_rows[row], _ = _combine(frame, job.row_planes + row * chunks, chunks)
     return 0
 
 
@@ -71,10 +75,9 @@ def prepare(address: int) -> int:
     job = job_of(frame)
     totals = state_of(frame, 0, 2)
     if job.types[WEIGHT] != 0 or job.types[MASK] != 0:
-        total, lost = _combine(frame, job.flat_planes, job.flat_units)
-        count, _ = _combine(frame, job.flat_planes + job.flat_units, job.flat_units)
-        totals[STATE_COUNT] = count
-        totals[STATE_WEIGHT_SUM] = np.nan if np.isnan(total) else compensated(total, lost)
+        total, _ = _combine(frame, job.flat_planes, job.flat_units)
+        totals[STATE_COUNT] = _count(frame, job.flat_planes + job.flat_units, job.flat_units)
+        totals[STATE_WEIGHT_SUM] = np.nan if np.isnan(total) else total
     else:
         totals[STATE_COUNT] = job.element_count
         totals[STATE_WEIGHT_SUM] = job.element_count
@@ -120,9 +123,40 @@ def finish_rows(address: int, begin: int, end: int) -> int:
         spec = spec_of(frame, index)
         if spec.is_per_sample:
             for row in range(begin, end):
-                total, lost = _combine(frame, job.row_planes + job.row_units * (2 * index + 1) + row * chunks, chunks)
-                value[0] = row_loss(frame, job, spec, index, row, total, lost)
+                total, rest = _combine(frame, job.row_planes + job.row_units * (2 * index + 1) + row * chunks, chunks)
+                value[0] = row_loss(frame, job, spec, index, row, total, rest)
                 store(frame, job, spec.loss_output, row, 1, 1.0, frame.scratch + SCRATCH_INPUT)
+    return 0
+
+
+@inlined
+def _write_sum(frame: Any, partials: Any, count: Any, record: Any) -> None:
+    """Write how many numbers an exact sum has, and these."""
+    words = frame.scratch + SCRATCH_DIFFERENCE
+    array_at(record, 1, np.int64)[0] = exact_sum(partials, count, words, record + 8, MAX_PARTIALS)
+
+
+@native("int64(int64)")
+def _write_totals(address: int) -> int:
+    """Write each spec's SPEC_TOTAL record, behind the SPEC_RESULT records."""
+    frame = frame_at(address)
+    job = job_of(frame)
+    flat = job.flat_units
+    weights, weight_count = frame.state + 8 * job.flat_planes, flat
+    if job.types[WEIGHT] == 0 and job.types[MASK] == 0:
+        weights, weight_count = frame.state + 8 * STATE_COUNT, 1
+    for index in range(job.spec_count):
+        record = frame.results + job.spec_count * _RESULT_BYTES + index * _TOTAL_BYTES
+        array_at(record, _TOTAL_BYTES, np.uint8)[:] = 0
+        extremes = array_at(record, 2, np.float64)
+        planes = job.extreme_planes + 2 * flat * index
+        least, greatest = state_of(frame, planes, flat), state_of(frame, planes + flat, flat)
+        extremes[0], extremes[1] = np.inf, -np.inf
+        for unit in range(flat):
+            extremes[0] = min(extremes[0], least[unit])
+            extremes[1] = max(extremes[1], greatest[unit])
+        _write_sum(frame, frame.state + 8 * (job.flat_planes + 2 * flat * (index + 1)), flat, record + 16)
+        _write_sum(frame, weights, weight_count, record + 16 + 8 * (1 + MAX_PARTIALS))
     return 0
 
 
@@ -139,19 +173,21 @@ def finish(address: int) -> int:
         counts = array_at(frame.results + index * _RESULT_BYTES, 4, np.int64)
         numbers[0] = 0.0
         if spec.is_per_sample:
-            nonfinite_count, _ = _combine(frame, job.row_planes + rows * (2 * index + 2), rows)
+            nonfinite_count = _count(frame, job.row_planes + rows * (2 * index + 2), rows)
         else:
             place = job.flat_planes + flat * (2 * index + 2)
-            nonfinite_count, _ = _combine(frame, place + flat, flat)
+            nonfinite_count = _count(frame, place + flat, flat)
             if spec.reduction == _MEAN or spec.reduction == _SUM:
-                total, lost = _combine(frame, place, flat)
-                numbers[0] = quotient(total, lost, spec.divisor, spec_state(frame, index)[SPEC_DIVISOR])
+                total, rest = _combine(frame, place, flat)
+                numbers[0] = quotient(total, rest, spec_state(frame, index)[SPEC_DIVISOR])
         counts[1] = int(totals[STATE_COUNT])
         numbers[2] = totals[STATE_WEIGHT_SUM]
         counts[3] = int(nonfinite_count)
         if job.element_count == 0:
             _clear_output(frame, job, spec.summed_input_gradient_output)
             _clear_output(frame, job, spec.summed_target_gradient_output)
+    if job.extreme_planes != 0:
+        _write_totals(address)
     return 0
 
 

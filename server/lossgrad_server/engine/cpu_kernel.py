@@ -24,9 +24,7 @@ from lossgrad_server.engine.cpu_layout import FRAME, INPUT, JOB, TARGET, Walk
 from lossgrad_server.engine.cpu_native import address_of, native
 from lossgrad_server.engine.cpu_passes import walk, weigh
 from lossgrad_server.engine.cpu_tables import frame_at, job_of
-from lossgrad_server.work import SPEC_RESULT
 
-_RESULT_BYTES: Final = SPEC_RESULT.size
 (
     _WEIGH_ALL,
     _WEIGH_ROWS,
@@ -117,7 +115,7 @@ def compute(call: int) -> int:
         words[_PROGRAM] += job.program_bytes
         words[_OPERANDS] += 8 * job.operand_count
         words[_OUTPUTS] += job.output_bytes
-        words[_RESULTS] += _RESULT_BYTES * job.spec_count
+        words[_RESULTS] += job.result_bytes
     words[_PROGRAM], words[_OPERANDS], words[_OUTPUTS], words[_RESULTS] = program, operands, outputs, results
     return 0
 

@@ -77,6 +77,7 @@ JOB: Final = np.dtype(
         ("operand_count", _word),
         ("output_count", _word),
         ("output_bytes", _word),
+        ("result_bytes", _word),  # its SPEC_RESULT records, and SPEC_TOTAL records behind them
         ("layout_offset", _word),  # from the program's start, 0 where nothing is broadcast
         ("types", _word, (4,)),  # of the operands, 0 where there is none
         ("is_broadcast", _word, (4,)),
@@ -97,6 +98,8 @@ JOB: Final = np.dtype(
         ("row_planes", _word),
         ("row_divisors", _word),
         ("running_sums", _word),
+        # For jobs that want totals, otherwise 0: for each spec the least loss of each unit, and the greatest.
+        ("extreme_planes", _word),
         ("state_words", _word),
     ]
 )
@@ -201,7 +204,9 @@ SCRATCH_LOST: Final = SCRATCH_LANES + MAX_SPECS * 8 * LANES
 SCRATCH_SPECIAL: Final = SCRATCH_LOST + MAX_SPECS * 8 * LANES
 # Lanes, and what they lost, of a sum that only tells whether all is finite.
 SCRATCH_SPARE: Final = SCRATCH_SPECIAL + 64
-SCRATCH_BYTES: Final = SCRATCH_SPARE + 2 * 8 * LANES
+# Each spec's lanes of the least and of the greatest losses.
+SCRATCH_EXTREMES: Final = SCRATCH_SPARE + 2 * 8 * LANES
+SCRATCH_BYTES: Final = SCRATCH_EXTREMES + MAX_SPECS * 2 * 8 * LANES
 
 # A job's state: words of 8 bytes, float64 all of them. First the two totals, then for each spec what it needs for the
 # gradient, then the partial sums (`state_words`).

@@ -26,7 +26,7 @@ from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 
 from lossgrad_server.jobs import DataType, LossKind, Reduction
-from lossgrad_server.work import SPEC_RESULT
+from lossgrad_server.work import SPEC_RESULT, SPEC_TOTAL
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,8 @@ def _warn_about_cache() -> None:
 @cache
 def source_digest() -> str:
     """Return a digest of all that the compiled code depends on: the kernels' sources, and the numbers from outside."""
-    digest = hashlib.sha256(repr([list(DataType), list(LossKind), list(Reduction), SPEC_RESULT.format]).encode())
+    outside = [list(DataType), list(LossKind), list(Reduction), SPEC_RESULT.format, SPEC_TOTAL.format]
+    digest = hashlib.sha256(repr(outside).encode())
     for path in sorted(Path(__file__).parent.glob("cpu_*.py")):
         if path.stem not in _NOT_COMPILED:
             digest.update(path.read_bytes())

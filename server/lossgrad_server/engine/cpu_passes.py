@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lossgrad_server.engine.cpu_blocks import run_loop
+from lossgrad_server.engine.cpu_extremes import add_extremes, add_special_extremes, clear_extremes, store_extremes
 from lossgrad_server.engine.cpu_floats import store_run
 from lossgrad_server.engine.cpu_intrinsics import array_at
 from lossgrad_server.engine.cpu_layout import (
@@ -126,10 +127,13 @@ def weigh(address: int, is_rows: int, begin: int, end: int) -> int:
 
 @inlined
 def fold_lanes(frame: Any, job: Any, index: Any, length: Any) -> Any:
-    """Return the sum of a spec's lanes after `length` elements."""
+    """Return the sum of a spec's lanes after `length` elements over the spec's divisor, rounded once."""
+    lanes, divisor = lanes_of(frame, index), spec_of(frame, index).divisor
     if job.is_float64:
-        return fold_compensated(lanes_of(frame, index), lost_of(frame, index), length)
-    return fold(lanes_of(frame, index), length)
+        lost = lost_of(frame, index)
+        fold_compensated(lanes, lost, length)
+        return divided(array_at(lanes, 1, np.float64)[0], array_at(lost, 1, np.float64)[0], divisor)
+    return fold(lanes, length) / divisor
 
 
 @inlined
@@ -190,12 +194,19 @@ def store_block(address: int, index: int, start: int, count: int, with_direct: i
     return 0
 
 
-@native("int64(int64, int64, int64, int64, int64, int64, int64)")
+@inlined
+def extremes_at(job: Any, index: Any, unit: Any) -> Any:
+    """Return where in the state a unit's least loss of a spec is, its greatest being `flat_units` behind; 0 for none."""
+    return job.extreme_planes + 2 * job.flat_units * index + unit if job.extreme_planes != 0 else 0
+
+
+@native("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
 def recompute_chunk(
-    address: int, is_rows: int, index: int, start: int, length: int, partial_at: int, count_at: int
+    address: int, is_rows: int, index: int, start: int, length: int, partial_at: int, count_at: int, unit: int
 ) -> int:
     """Compute a chunk again that holds NaN or infinity, and put its partial sum and its count of those in the state."""
     frame = frame_at(address)
+    extremes = extremes_at(job_of(frame), index, unit)
     special = array_at(frame.scratch + SCRATCH_SPECIAL, 3, np.float64)
     total = 0.0
     term_count = 0.0
@@ -207,9 +218,12 @@ def recompute_chunk(
         total += special[0]
         term_count += special[1]
         nonfinite_count += special[2]
+        if extremes != 0:
+            add_special_extremes(address, index, count, extremes, extremes + job_of(frame).flat_units)
         store_block(address, index, start + offset, count, 1)
     if term_count > 0:
-        state_of(frame, partial_at, 1)[0] = total
+        total = total / spec_of(frame, index).divisor
+        state_of(frame, partial_at, 1)[0] = np.nan if np.isnan(total) else total
     state_of(frame, count_at, 1)[0] = nonfinite_count
     return 0
 
@@ -222,20 +236,18 @@ def _load_for_recompute(address: Any, is_rows: Any, start: Any, count: Any) -> N
 
 
 @inlined
-def row_loss(frame: Any, job: Any, spec: Any, index: Any, row: Any, total: Any, lost: Any) -> Any:
+def row_loss(frame: Any, job: Any, spec: Any, index: Any, row: Any, total: Any, rest: Any) -> Any:
     """Return a sample's loss from its sum."""
     divisor = spec_state(frame, index)[SPEC_DIVISOR]
     if spec.divides_rows:
         divisor = state_of(frame, job.row_divisors + row, 1)[0]
-    return quotient(total, lost, spec.divisor, divisor)
+    return quotient(total, rest, divisor)
 
 
 @inlined
-def quotient(total: Any, lost: Any, first: Any, second: Any) -> Any:
-    """Return a sum over two divisors, rounded once where the sum is finite. NaN is always the same one."""
-    high, low = divided(total, lost if np.isfinite(total) else 0.0, first)
-    high, low = divided(high, low, second)
-    result = high + low
+def quotient(total: Any, rest: Any, divisor: Any) -> Any:
+    """Return a sum, with what its rounding left, over a divisor, rounded about once. NaN is always the same one."""
+    result = divided(total, rest, divisor)
     return np.nan if np.isnan(result) else result
 
 
@@ -252,14 +264,17 @@ def finish_short_rows(address: int, index: int, first_row: int, row_count: int) 
     divisor, mean_divisor = spec.divisor, spec_state(frame, index)[SPEC_DIVISOR]
     if job.is_float64:
         for row in range(row_count):
-            totals[row] = row_loss(frame, job, spec, index, first_row + row, totals[row], errors[row])
-    elif spec.divides_rows:
-        divisors = state_of(frame, job.row_divisors + first_row, row_count)
-        for row in range(row_count):
-            totals[row] = compensated(totals[row], errors[row]) / divisor / divisors[row]
+            totals[row] = divided(totals[row], errors[row], divisor)
     else:
         for row in range(row_count):
-            totals[row] = compensated(totals[row], errors[row]) / divisor / mean_divisor
+            totals[row] = compensated(totals[row], errors[row]) / divisor
+    if spec.divides_rows:
+        divisors = state_of(frame, job.row_divisors + first_row, row_count)
+        for row in range(row_count):
+            totals[row] = totals[row] / divisors[row]
+    else:
+        for row in range(row_count):
+            totals[row] = totals[row] / mean_divisor
     for row in range(row_count):
         totals[row] = np.nan if np.isnan(totals[row]) else totals[row]
     store(frame, job, spec.loss_output, first_row, row_count, 1.0, sums)
@@ -313,6 +328,8 @@ def walk(address: int, is_rows: int, begin: int, end: int) -> int:
         for index in range(job.spec_count):
             if spec_of(frame, index).is_per_sample == is_rows:
                 clear(lanes_of(frame, index), lost_of(frame, index), length)
+                if job.extreme_planes != 0:
+                    clear_extremes(address, index)
         is_finite = 1
         # A loop for a pair reads the operands itself; if it leaves nothing in scratch memory it does the unit at once.
         step = CHUNK if job.is_pair and not spec_of(frame, 0).stores else BLOCK
@@ -324,6 +341,8 @@ def walk(address: int, is_rows: int, begin: int, end: int) -> int:
                 spec = spec_of(frame, index)
                 if spec.is_per_sample == is_rows:
                     run_block(address, index, start + offset, count)
+                    if job.extreme_planes != 0:
+                        add_extremes(address, index, count)
                     if spec.stores:
                         store_block(address, index, start + offset, count, spec.is_full)
         for index in range(job.spec_count):
@@ -332,8 +351,14 @@ def walk(address: int, is_rows: int, begin: int, end: int) -> int:
                 partial = fold_lanes(frame, job, index, length)
                 state_of(frame, place, 1)[0] = partial
                 state_of(frame, place + units, 1)[0] = 0.0
-                if not (is_finite and np.isfinite(partial) and np.isfinite(spec_state(frame, index)[SPEC_FACTOR])):
-                    recompute_chunk(address, is_rows, index, start, length, place, place + units)
+                is_special = not (
+                    is_finite and np.isfinite(partial) and np.isfinite(spec_state(frame, index)[SPEC_FACTOR])
+                )
+                extremes = extremes_at(job, index, unit)
+                if extremes != 0:
+                    store_extremes(address, index, is_special, extremes, extremes + units)
+                if is_special:
+                    recompute_chunk(address, is_rows, index, start, length, place, place + units, unit)
     if job.streams:
         fence()
     return 0

@@ -54,7 +54,7 @@ class Pieces:
         """Return the answer, and give back the memory that computing it took."""
         self._arena.close_job(self._job)
         outputs = tuple([self._outputs[begin:end] for begin, end in self._program.output_spans])
-        return WorkResult(self._job.scalars, outputs)
+        return self._program.result(self._job.scalars, outputs)
 
     def _pieces(self) -> Iterator[tuple[Walk, int, int]]:
         for walk, unit_count in self._program.walks:

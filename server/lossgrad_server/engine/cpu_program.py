@@ -32,7 +32,7 @@ from lossgrad_server.engine.cpu_layout import (
     Walk,
 )
 from lossgrad_server.jobs import DataType, JobPlan, Reduction, Role, SpecPlan, TensorPlan, unpack_header
-from lossgrad_server.work import SPEC_RESULT
+from lossgrad_server.work import SPEC_RESULT, SPEC_TOTAL, Buffer, WorkResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,9 @@ class Program:
     code: bytes
     spec_count: int
     operand_count: int
-    # Its SPEC_RESULT records'.
+    # Its SPEC_RESULT records', and those of the SPEC_TOTAL records behind them.
     result_bytes: int
+    total_bytes: int
     # Where each output begins and ends in the memory that holds them all, and that memory's length, in bytes.
     output_spans: tuple[tuple[int, int], ...]
     output_bytes: int
@@ -53,6 +54,12 @@ class Program:
     work: int
     # What there is to do, and how many units it has.
     walks: tuple[tuple[Walk, int], ...]
+
+    def result(self, records: bytes, outputs: tuple[Buffer, ...]) -> WorkResult:
+        """Return the job's result, from its records and its outputs."""
+        if self.total_bytes:
+            return WorkResult(records[: -self.total_bytes], outputs, records[-self.total_bytes :])
+        return WorkResult(records, outputs)
 
 
 @lru_cache(maxsize=4096)
@@ -86,11 +93,14 @@ def program_of(header: bytes) -> Program:
     _set_units(job, plan, sums)
     job["program_bytes"] = JOB.itemsize + len(tables)
     job["output_bytes"] = offset
+    total_bytes = SPEC_TOTAL.size * len(plan.specs) if plan.wants_totals else 0
+    job["result_bytes"] = SPEC_RESULT.size * len(plan.specs) + total_bytes
     return Program(
         code=job.tobytes() + tables,
         spec_count=len(plan.specs),
         operand_count=len(plan.operands),
-        result_bytes=SPEC_RESULT.size * len(plan.specs),
+        result_bytes=int(job["result_bytes"]),
+        total_bytes=total_bytes,
         output_spans=tuple(spans),
         output_bytes=offset,
         element_count=plan.element_count,
@@ -150,7 +160,11 @@ def _set_units(job: Any, plan: JobPlan, sums: dict[int, Any]) -> None:
     job["row_planes"] = job["flat_planes"] + flat * (2 + 2 * len(plan.specs))
     job["row_divisors"] = job["row_planes"] + rows * (1 + 2 * len(plan.specs))
     job["running_sums"] = job["row_divisors"] + (row_count if job["divides_rows"] else 0)
-    job["state_words"] = job["running_sums"] + (RUNNING_WORDS * len(plan.specs) if sums else 0)
+    end = job["running_sums"] + (RUNNING_WORDS * len(plan.specs) if sums else 0)
+    if plan.wants_totals:
+        job["extreme_planes"] = end
+        end += 2 * flat * len(plan.specs)
+    job["state_words"] = end
 
 
 def _specs(plan: JobPlan) -> Any:
@@ -243,10 +257,14 @@ def _loop(
 
 
 def _is_pair(plan: JobPlan) -> bool:
-    """Return whether a loop reads the operands itself: one spec, and two float32 tensors with nothing between them."""
+    """Return whether a loop reads the operands itself: one spec, and two float32 tensors with nothing between them.
+
+    Totals need differences in scratch memory, too.
+    """
     (spec, *others) = plan.specs
     return (
         not others
+        and not plan.wants_totals
         and plan.input == plan.target
         and plan.input.data_type == DataType.FLOAT32
         and plan.weight is None

@@ -27,7 +27,7 @@ from lossgrad_server.work import BatchResult, Buffer, Done, FailureKind, Pending
 logger = logging.getLogger(__name__)
 
 # Raised whenever the same request may get other bits from this engine than from the one before.
-KERNEL_VERSION: Final = 1
+KERNEL_VERSION: Final = 2
 
 # Requests of more work than this, elements times losses, are computed in pieces of this much for each thread. At 0.3 to
 # 0.5 ns an element this is half a millisecond: what a small request waits at most.
@@ -42,7 +42,7 @@ Outcome = WorkResult | WorkFailure
 
 def determinism() -> str:
     """Return what the results' bits depend on. Equal strings mean equal bits; x86-64 CPUs of any age give the same."""
-    return f"lossgrad-cpu {KERNEL_VERSION}; chunks of {CHUNK}, {LANES} lanes folded in half, compensated in index order"
+    return f"lossgrad-cpu {KERNEL_VERSION}; chunks of {CHUNK}, {LANES} lanes folded in half, added exactly"
 
 
 class CpuWorker:
@@ -174,7 +174,7 @@ class CpuWorker:
             memory = output_memory(output_bytes)
             buffers.append(memory)
             packed = perf_counter_ns()
-            scalars = self._arena.compute(programs, buffers, holding_gil=work < _HOLDING_GIL_WORK)
+            records = self._arena.compute(programs, buffers, holding_gil=work < _HOLDING_GIL_WORK)
         except Exception as error:
             if len(items) == 1:
                 return [failure(error, programs[0])]
@@ -185,7 +185,7 @@ class CpuWorker:
         for program in programs:
             last_result = first_result + program.result_bytes
             outputs = tuple([memory[first_byte + begin : first_byte + end] for begin, end in program.output_spans])
-            outcomes.append(WorkResult(scalars[first_result:last_result], outputs))
+            outcomes.append(program.result(records[first_result:last_result], outputs))
             first_result = last_result
             first_byte += program.output_bytes
         times[0] += packed - started

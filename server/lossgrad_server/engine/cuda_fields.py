@@ -1,4 +1,4 @@
-"""The records that tell the CUDA kernels what to do: int64 fields, by position. cuda_template.py fills them.
+"""The records that tell the CUDA kernels what to do: int64 fields, by position. cuda_builder.py fills them.
 
 Offsets are in bytes from the start of the arena, the one block of device memory in which a launch lives. Float64
 parameters stand in the records as their bits.

@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lossgrad_server.engine import cuda_kernel
+from lossgrad_server.engine import cuda_folds, cuda_kernel
 from lossgrad_server.engine.cuda_broadcast import expand_operands, round_outputs
 from lossgrad_server.engine.cuda_fields import BLOCK_LOG2, CHUNK_ELEMENTS
 from lossgrad_server.engine.cuda_layout import Launch, Layout
@@ -44,7 +44,7 @@ def specialization(kernel: Kernel) -> tuple[Any, dict[str, Any], dict[str, Any]]
             }
             return cuda_kernel.loss_kernel, constants, options
         case Stage.WEIGHT_FOLDS | Stage.LOSS_FOLDS:
-            return cuda_kernel.fold_kernel, {"LEVELS": BLOCK_LOG2}, options
+            return cuda_folds.fold_kernel, {"LEVELS": BLOCK_LOG2}, options
 
 
 def _launch(arena: Tensor, launch: Launch) -> None:

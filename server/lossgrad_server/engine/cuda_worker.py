@@ -21,8 +21,9 @@ from typing import Final
 import torch
 
 from lossgrad_server.engine.cuda_batch import LargeRequest, Slot, SmallBatch
+from lossgrad_server.engine.cuda_builder import template_of
 from lossgrad_server.engine.cuda_device import CudaDevice, Device, Lane
-from lossgrad_server.engine.cuda_template import Template, TooManyBytes, template_of
+from lossgrad_server.engine.cuda_template import Template, TooManyBytes
 from lossgrad_server.errors import InternalError
 from lossgrad_server.jobs import DataType, JobPlan, LossKind, Reduction, SpecPlan, TensorPlan
 from lossgrad_server.work import BatchResult, FailureKind, WorkFailure, WorkItem, WorkResult

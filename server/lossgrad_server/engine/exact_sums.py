@@ -34,6 +34,24 @@ def rounded(partials: tuple[float, ...]) -> float:
     return partials[0] if partials else 0.0
 
 
+def quotient(partials: tuple[float, ...], divisor: float) -> float:
+    """Return an exact sum over a divisor, rounded about once: the same bits as cpu_passes.quotient."""
+    high, low, *_ = *partials, 0.0, 0.0
+    result = _divided(high, divisor)
+    if math.isfinite(result) and not math.isinf(divisor):
+        # What the first division left, rounded once, as a fused multiply-add has it.
+        rest = float(Fraction(high) - Fraction(result) * Fraction(divisor))
+        result += _divided(rest + low, divisor)
+    return math.nan if math.isnan(result) else result
+
+
+def _divided(dividend: float, divisor: float) -> float:
+    """Return a quotient as IEEE 754 has it; Python raises where the divisor is 0."""
+    if divisor:
+        return dividend / divisor
+    return dividend * math.copysign(math.inf, divisor) if dividend else math.nan
+
+
 def _by_fractions(terms: list[float]) -> tuple[float, ...]:
     """Return the sum of finite terms some of which add up to more than a float64 holds."""
     left = sum(map(Fraction, terms), Fraction())

@@ -16,7 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lossgrad_server.engine import cuda_kernel, cuda_launch
-from lossgrad_server.engine.cuda_template import Kernel, template_of
+from lossgrad_server.engine.cuda_builder import template_of
+from lossgrad_server.engine.cuda_template import Kernel
 from lossgrad_server.engine.cuda_worker import warm_up_items
 
 # Global memory by width, what would round differently than IEEE 754 says, and float atomics.

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lossgrad_server.engine.cpu_worker import CpuWorker
 from lossgrad_server.jobs import DataType, LossKind, Reduction, SpecPlan
 from lossgrad_server.work import WorkFailure, WorkItem, WorkResult
-from tests.server.engine.building import FLOATS, Job, job, result_bytes, spec
+from tests.server.engine.building import FLOATS, Job, job, result_bytes, spec, with_totals
 
 # Lengths around where the engine changes what it does: rows of lanes, blocks, chunks.
 LENGTHS = [0, 1, 2, 3, 63, 64, 65, 255, 256, 257, 511, 512, 513, 4095, 4096, 4097, 9001]
@@ -94,8 +94,11 @@ def jobs(draw: st.DrawFn) -> Job:
         x.flat[random.integers(0, x.size, 3)] = draw(st.sampled_from(SPECIALS))
     weight = random.uniform(-1, 2, size=shape) if draw(st.booleans()) else None
     mask = random.random(shape) < draw(st.sampled_from([0.0, 0.5, 0.99])) if draw(st.booleans()) else None
-    return job(
-        draw(specs()),
+    own_specs = draw(specs())
+    can_have_totals = not any(one.reduction.is_per_sample for one in own_specs)
+    finish = with_totals if can_have_totals and draw(st.booleans()) else _as_it_is
+    made = job(
+        own_specs,
         x,
         y if target_type.is_floating_point else np.clip(np.rint(y), 0, 1),
         data_type,
@@ -104,6 +107,11 @@ def jobs(draw: st.DrawFn) -> Job:
         weight_type=draw(st.sampled_from(FLOATS)),
         mask=mask,
     )
+    return finish(made)
+
+
+def _as_it_is(one: Job) -> Job:
+    return one
 
 
 def company() -> list[WorkItem]:
@@ -116,7 +124,7 @@ def company() -> list[WorkItem]:
         ).item,
         job(spec(), [], [], DataType.FLOAT64).item,
         job(spec(reduction=Reduction.SAMPLE_MEAN), np.ones((300, 3)), np.zeros((300, 1)), DataType.FLOAT16).item,
-        job(spec(LossKind.MSE), np.ones(20_000), np.zeros(20_000)).item,
+        with_totals(job(spec(LossKind.MSE), np.ones(20_000), np.zeros(20_000))).item,
         WorkItem(b"", ()),
         WorkItem(nan.plan.header, (b"\x00" * 2800,)),
         WorkItem(nan.plan.header, (b"\x00" * 2800, b"\x00" * 2804)),
@@ -164,6 +172,7 @@ def test_other_requests_between_two_pieces_change_no_bits(workers: list[CpuWorke
         job(wide, x, y, DataType.FLOAT64, weight=random.uniform(size=x.shape), mask=random.random(x.shape) < 0.5),
         job(wide, x, y[:1], DataType.FLOAT16),
         job(wide, x[:, :1], y, DataType.BFLOAT16),
+        with_totals(job(wide[:3], x, y, DataType.BFLOAT16, weight=random.normal(size=x.shape))),
     ]
     for worker in workers[1:]:
         expected = workers[0].run([one.item for one in large]).outcomes
@@ -184,7 +193,7 @@ _PRINT_DIGEST = """
 import hashlib, numpy as np
 from lossgrad_server.engine.cpu_worker import CpuWorker
 from lossgrad_server.jobs import LossKind, Reduction
-from tests.server.engine.building import FLOATS, job, spec
+from tests.server.engine.building import FLOATS, job, spec, with_totals
 worker, digest, random = CpuWorker(), hashlib.sha256(), np.random.default_rng(5)
 worker.warm_up()
 specs = [spec(kind, 0.3, reduction, scale=1.7) for kind in LossKind for reduction in Reduction][:16]
@@ -198,6 +207,9 @@ for data_type in FLOATS:
             digest.update(outcome.scalars)
             for output in outcome.outputs:
                 digest.update(output)
+            one = with_totals(job([one for one in specs if not one.reduction.is_per_sample], x, y, data_type))
+            (outcome,) = worker.run([one.item]).outcomes
+            digest.update(outcome.totals)
 print(digest.hexdigest())
 """
 

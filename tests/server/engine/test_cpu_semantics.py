@@ -10,6 +10,7 @@ from lossgrad_server.engine.cpu_worker import CpuWorker
 from lossgrad_server.work import DeviceWorker
 from tests.server.engine.test_against_torch import *  # noqa: F403
 from tests.server.engine.test_worker_semantics import *  # type: ignore[assignment]  # noqa: F403
+from tests.server.engine.test_worker_totals import *  # noqa: F403
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lossgrad_server.engine.cuda_template import Kernel, Stage, template_of
+from lossgrad_server.engine.cuda_builder import template_of
+from lossgrad_server.engine.cuda_template import Kernel, Stage
 from lossgrad_server.jobs import DataType
 from tests.server.engine.test_cuda_layout import random_plan
 

@@ -19,7 +19,7 @@ from lossgrad_server.engine.torch_worker import TorchWorker
 from lossgrad_server.jobs import DataType, LossKind, Reduction
 from lossgrad_server.work import FailureKind, WorkFailure, WorkResult
 from tests.server.engine.building import FLOATS, Job, answers, check, job, result_bytes, run, spec
-from tests.server.engine.test_cuda_batches import jobs_of_every_path
+from tests.server.engine.cuda_building import jobs_of_every_path
 from tests.server.engine.test_cuda_semantics import (  # noqa: F401  # run here with this module's worker
     test_a_batch_of_every_loss_reduction_and_shape_is_the_reference_s,
     test_a_gradient_is_rounded_once_to_a_half,

@@ -7,9 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
+from lossgrad_server.engine.cuda_builder import template_of
 from lossgrad_server.engine.cuda_fields import ALIGNMENT, BLOCK_ELEMENTS, CHUNK_ELEMENTS
 from lossgrad_server.engine.cuda_layout import Layout
-from lossgrad_server.engine.cuda_template import Kernel, Region, Stage, TooManyBytes, template_of
+from lossgrad_server.engine.cuda_template import Kernel, Region, Stage, TooManyBytes
 from lossgrad_server.jobs import DataType, JobPlan, LossKind, Reduction, SpecPlan, TensorPlan
 from tests.server.engine.building import ALL_SPECS_PARAMETERS, FLOATS, spec
 

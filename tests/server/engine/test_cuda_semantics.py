@@ -15,7 +15,7 @@ import torch
 
 from tests.server.engine.cuda_simulation import SimulatedDevice, compute_on_cpu, needs_interpreter  # isort: skip
 
-from lossgrad_server.engine import cuda_kernel
+from lossgrad_server.engine import cuda_folds
 from lossgrad_server.engine.cuda_fields import BLOCK_ELEMENTS, BLOCK_LOG2, CHUNK_ELEMENTS, FoldField, FoldFlag
 from lossgrad_server.engine.cuda_worker import CudaWorker
 from lossgrad_server.engine.torch_worker import TorchWorker
@@ -137,7 +137,7 @@ def test_partials_of_any_number_are_folded_and_divided(output_type: DataType, pe
     ):
         memory[start : start + values.nbytes] = np.ascontiguousarray(values).view(np.uint8).ravel()
     with compute_on_cpu():
-        kernels: Any = cuda_kernel
+        kernels: Any = cuda_folds
         kernels.fold_kernel[(tile_count,)](arena, arena[tiles_start:].view(torch.int64), LEVELS=BLOCK_LOG2)
     plan = TensorPlan(output_type, (row_count,))
     written = reference.decode(memory[output_start : output_start + plan.byte_count].tobytes(), plan)

@@ -16,8 +16,9 @@ from torch import Tensor
 from tests.server.engine.cuda_simulation import needs_gpu  # isort: skip
 
 from lossgrad_server.engine import cuda_launch
+from lossgrad_server.engine.cuda_builder import template_of
 from lossgrad_server.engine.cuda_layout import Layout
-from lossgrad_server.engine.cuda_template import Region, template_of
+from lossgrad_server.engine.cuda_template import Region
 from lossgrad_server.engine.cuda_worker import SLOTS, CudaWorker
 from lossgrad_server.engine.tensors import TORCH_TYPES
 from lossgrad_server.jobs import DataType, JobPlan, LossKind, SpecPlan, TensorPlan

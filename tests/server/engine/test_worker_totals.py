@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lossgrad_server.engine.exact_sums import rounded
+from lossgrad_server.engine.exact_sums import quotient, rounded
 from lossgrad_server.jobs import DataType, LossKind, Reduction, unpack_header
 from lossgrad_server.work import DeviceWorker, SpecTotal
 from tests import reference
@@ -173,6 +173,32 @@ def test_chunks_that_cancel_and_overflow(worker: DeviceWorker) -> None:
 REDUCED = (Reduction.MEAN, Reduction.SUM)
 
 
+def test_samples_of_chunks_that_cancel_are_summed_exactly(worker: DeviceWorker) -> None:
+    # In each sample one element of each chunk has a weight that is not 0: 1 + 2^-53 + 2^-90, with 1e30 in between.
+    weights = np.zeros((3, 4 * CHUNK + 1))
+    weights[:, ::CHUNK] = [
+        [1.0, 1e30, -1e30, 2.0**-53, 2.0**-90],
+        [2.0, 0.0, 0.0, 0.0, 2.0],
+        [1e308, 1e308, 1, 2, -1e308],
+    ]
+    ones = np.ones_like(weights)
+    specs = [spec(LossKind.L1, reduction=reduction) for reduction in (Reduction.SAMPLE_SUM, Reduction.SAMPLE_MEAN)]
+    sums, means = answers(
+        worker, job(specs, ones, 0 * ones, DataType.FLOAT64, weight=weights, weight_type=DataType.FLOAT64)
+    )
+    np.testing.assert_array_equal(sums.loss, [1.0 + 2.0**-52, 4.0, 1e308])
+    np.testing.assert_allclose(means.loss, [1.0, 1.0, 1.0], rtol=2.0**-52)
+
+
+def test_the_least_loss_of_float64_is_the_least_of_its_elements(worker: DeviceWorker) -> None:
+    random = np.random.default_rng(24)
+    x, y = random.normal(size=(2, 2 * CHUNK))
+    for kind in KINDS:
+        one = job(spec(kind, 0.3, Reduction.NONE), x, y, DataType.FLOAT64, weight=random.normal(size=len(x)))
+        (total,), (elements,) = totals(worker, one), answers(worker, one)
+        assert (total.minimum, total.maximum) == (np.min(elements.loss), np.max(elements.loss))
+
+
 @dataclass(frozen=True)
 class Cut:
     """A tensor that is cut between chunks, and how it is made."""
@@ -246,11 +272,9 @@ def test_parts_of_a_tensor_add_up_to_the_bits_of_the_whole(worker: DeviceWorker,
             assert packed(getattr(total, name)) == packed(getattr(of_whole[index], name))
         for name in ("partials", "weight_partials"):
             assert packed(*getattr(total, name)) == packed(*getattr(of_whole[index], name))
-        loss, weights = (sums[0] if sums else 0.0 for sums in (total.partials, total.weight_partials))
+        weights = rounded(total.weight_partials)
         assert packed(weights) == packed(expected[index].weight_sum)
-        if own.reduction.is_mean:
-            loss = reference.quotient(loss, weights)
-        loss = NAN if math.isnan(loss) else loss
+        loss = quotient(total.partials, weights) if own.reduction.is_mean else rounded(total.partials)
         assert packed(float(expected[index].loss)) == packed(loss)
 
 
