@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from lossgrad import AsyncLossClient, LossClient
+from tests.client.doctor import Doctor
 from tests.client.evaluating import Evaluate
 from tests.client.peer import Peer, PeerServer
 from tests.server.serving import RunningServer
@@ -67,3 +68,10 @@ def evaluation_server() -> Iterator[RunningServer]:
 @pytest.fixture
 def evaluate(evaluation_server: RunningServer, capsys: pytest.CaptureFixture[str]) -> Evaluate:
     return Evaluate(evaluation_server.address, capsys)
+
+
+@pytest.fixture
+def doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Doctor:
+    for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    return Doctor(capsys)

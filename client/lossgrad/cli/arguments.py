@@ -46,6 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_evaluate(commands)
     _add_merge(commands)
     _add_bench(commands)
+    _add_doctor(commands)
     _add_top(commands)
     return parser.parse_args(arguments)
 
@@ -197,6 +198,11 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
     _add_losses(request)
     request.add_argument("--gradient", action="store_true", help="ask for the gradient too")
     bench.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_doctor(commands: _Commands[_Parser]) -> None:
+    doctor = _add_command(commands, "doctor", "find out why a server cannot be used, or that it can")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_top(commands: _Commands[_Parser]) -> None:
