@@ -21,7 +21,7 @@ from lossgrad.progress import OnProgress
 from lossgrad.report import BatchResult, EvaluationReport
 
 # How much each process has under way: what it holds of the files, and its messages, are about twice this.
-_IN_FLIGHT_BYTES = 32 * 1024 * 1024
+_IN_FLIGHT_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
