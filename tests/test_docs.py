@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -138,7 +139,7 @@ def run_example(path: str, server: ServerProcess) -> str:
 
 
 COMMANDS = [
-    line.split()[1:]
+    line.partition("  #")[0].split()[1:]
     for block in blocks_of(ROOT / "README.md")
     if block.language == "sh"
     for line in block.text.splitlines()
@@ -153,12 +154,13 @@ def test_the_commands_of_the_readme_work(arguments: list[str], server: ServerPro
     program = "import sys; from lossgrad.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", program, *arguments]
     environment = {"LOSSGRAD_TARGET": server.target, "PATH": "/usr/bin:/bin"}
+    environment |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert result.stdout
 
 
 def test_the_readme_shows_every_command() -> None:
-    assert [arguments[0] for arguments in COMMANDS] == ["ping", "info", "compute"]
+    assert [arguments[0] for arguments in COMMANDS] == ["ping", "info", "compute", "evaluate", "doctor"]
 
 
 def test_the_call_with_a_foreign_tool_works_as_shown(server: ServerProcess) -> None:

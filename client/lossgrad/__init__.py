@@ -52,12 +52,8 @@ if TYPE_CHECKING:
 # Where each name comes from, imported at its first use.
 _MODULES: Final = {
     "Accumulation": "lossgrad.accumulation",
-    "Checkpoint": "lossgrad.checkpoint",
-    "LossMetric": "lossgrad.metric",
-    "Progress": "lossgrad.progress",
-    "SweepResult": "lossgrad.sweep",
-    **dict.fromkeys(("BatchError", "BatchResult", "EvaluationReport", "LossSummary", "Throughput"), "lossgrad.report"),
     "AsyncLossClient": "lossgrad.aio",
+    "Checkpoint": "lossgrad.checkpoint",
     "LossClient": "lossgrad.client",
     **dict.fromkeys(
         (
@@ -75,7 +71,11 @@ _MODULES: Final = {
         "lossgrad.errors",
     ),
     **dict.fromkeys(("L1", "MSE", "Huber", "Loss", "SmoothL1"), "lossgrad.losses"),
+    "LossMetric": "lossgrad.metric",
+    "Progress": "lossgrad.progress",
+    **dict.fromkeys(("BatchError", "BatchResult", "EvaluationReport", "LossSummary", "Throughput"), "lossgrad.report"),
     **dict.fromkeys(("LossResult", "ServerInfo", "ServerLimits", "Timing"), "lossgrad.results"),
+    "SweepResult": "lossgrad.sweep",
     "keep_large_blocks": "lossgrad_api.allocator",
 }
 

@@ -8,7 +8,10 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from lossgrad import AsyncLossClient, LossClient
+from tests.client.doctor import Doctor
+from tests.client.evaluating import Evaluate
 from tests.client.peer import Peer, PeerServer
+from tests.server.serving import RunningServer
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +57,21 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using a target size")
         yield
+
+
+@pytest.fixture(scope="session")
+def evaluation_server() -> Iterator[RunningServer]:
+    with RunningServer(metrics_port=-1, engine="plain") as running:
+        yield running
+
+
+@pytest.fixture
+def evaluate(evaluation_server: RunningServer, capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    return Evaluate(evaluation_server.address, capsys)
+
+
+@pytest.fixture
+def doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Doctor:
+    for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    return Doctor(capsys)
