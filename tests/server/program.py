@@ -8,20 +8,27 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 
 from tests.server.serving import PATIENCE_SECONDS
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 class Program:
-    """A running lossgrad-server."""
+    """A running lossgrad-server. A subclass may run another module, which takes the same flags after its own arguments."""
+
+    command: Sequence[str] = ("lossgrad_server",)
 
     def __init__(self, *arguments: str, **environment: str) -> None:
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lossgrad_server", "--device", "cpu", *arguments],
+            [sys.executable, "-m", *self.command, "--device", "cpu", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **environment},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
         )
         self.logged: list[str] = []
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
