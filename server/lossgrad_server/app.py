@@ -34,6 +34,7 @@ from lossgrad_server.transport.in_process import InProcessChannel
 from lossgrad_server.transport.open_inference.service import OpenInferenceDescription, OpenInferenceService
 from lossgrad_server.transport.pipeline import RequestPipeline
 from lossgrad_server.transport.service import LossService, ServiceDescription
+from lossgrad_server.transport.transfers import Unsent
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ class Core:
             on_lost=self.device_lost.set,
         )
         self.metrics.watch(self.batcher)
-        self.pipeline = RequestPipeline(self.batcher, self.metrics, config.max_message_bytes)
+        unsent = Unsent(config.max_queued_bytes // 4)
+        self.pipeline = RequestPipeline(self.batcher, self.metrics, config.max_message_bytes, unsent)
         description = ServiceDescription(
             server_version=__version__,
             torch_version=engine.torch_version(),
@@ -151,7 +153,10 @@ class Server:
             self._core.metrics,
             max_message_bytes=config.max_message_bytes,
             max_connection_age_seconds=config.max_connection_age_seconds,
+            max_connections=config.max_connections,
+            transfer_timeout_seconds=config.transfer_timeout_seconds,
             tokens=self._security.tokens,
+            unsent=self._core.pipeline.unsent,
         )
         self._health.add_to(self._grpc)
         if self._security.certificates is not None:

@@ -20,6 +20,7 @@ from lossgrad_server.jobs import JobPlan
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.transport.answers import has_nonfinite, response_parts, stats_bytes
 from lossgrad_server.transport.checks import RequestChecker
+from lossgrad_server.transport.transfers import Unsent
 from lossgrad_server.work import WorkItem
 
 logger = logging.getLogger(__name__)
@@ -118,10 +119,13 @@ class PendingComputeLoss(PendingRequest):
 class RequestPipeline:
     """Takes requests' bytes, and sees to it that each is answered exactly once."""
 
-    def __init__(self, batcher: Batcher, metrics: Metrics, max_message_bytes: int) -> None:
+    def __init__(
+        self, batcher: Batcher, metrics: Metrics, max_message_bytes: int, unsent: Unsent | None = None
+    ) -> None:
         self.batcher = batcher
         self.metrics = metrics
         self.checker = RequestChecker(max_message_bytes)
+        self.unsent = unsent or Unsent(max_message_bytes)
         self.is_warm = False  # set once the worker is; requests before that are told to come back
         self.on_done = self._done  # the same object for every request: so the batcher hands them back together
         self._alike: list[_Alike] = []  # answered, and not yet counted
