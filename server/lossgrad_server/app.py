@@ -28,7 +28,7 @@ from lossgrad_server.config import ConfigError, ServerConfig
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.security import security
 from lossgrad_server.transport.call import Method
-from lossgrad_server.transport.grpc_server import create_server
+from lossgrad_server.transport.grpc_server import UnderWay, create_server
 from lossgrad_server.transport.health import Health, health_method
 from lossgrad_server.transport.in_process import InProcessChannel
 from lossgrad_server.transport.open_inference.service import OpenInferenceDescription, OpenInferenceService
@@ -46,6 +46,10 @@ _EXPIRY_SECONDS: Final = 0.05
 
 # Memory kept for the next large message is given back once there has been no request for this long.
 _IDLE_SECONDS: Final = 5.0
+
+
+# How often a server that drains looks whether it is done, and how long the last answer has to leave it.
+_DRAINED_SECONDS: Final = 0.05
 
 
 class DeviceLost(Exception):
@@ -148,6 +152,7 @@ class Server:
         self._security = security(config)  # before the device: a bad setting must be told at once
         self._core = Core(config, asyncio.get_running_loop())
         self._health = Health()
+        self._under_way = UnderWay()
         self._grpc = create_server(
             self._core.methods,
             self._core.metrics,
@@ -157,6 +162,7 @@ class Server:
             transfer_timeout_seconds=config.transfer_timeout_seconds,
             tokens=self._security.tokens,
             unsent=self._core.pipeline.unsent,
+            under_way=self._under_way,
         )
         self._health.add_to(self._grpc)
         if self._security.certificates is not None:
@@ -247,7 +253,14 @@ class Server:
         self._core.set_ready(False)
         await self._health.set_ready(False)
         await asyncio.sleep(self.config.drain_delay_seconds)
-        await self._grpc.stop(self.config.drain_grace_seconds)
+        closing = asyncio.ensure_future(self._grpc.stop(self.config.drain_grace_seconds))
+        self._core.pipeline.end_streams()
+        # Health's watches would be waited for until the grace is over: they end with the server.
+        while not closing.done():
+            await asyncio.wait((closing,), timeout=_DRAINED_SECONDS)
+            if not self._under_way.calls:
+                closing.cancel()
+                break
         await self.stop()
 
     async def stop(self) -> None:

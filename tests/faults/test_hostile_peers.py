@@ -24,7 +24,7 @@ from tests.server.calling import message as stream_message
 from tests.server.program import Program
 from tests.server.requests import request, zeros
 from tests.server.scraping import Scrape
-from tests.server.serving import RunningServer, eventually
+from tests.server.serving import RunningServer
 
 TIMEOUT_SECONDS = 2
 ANSWER_BYTES = 4 * MIB

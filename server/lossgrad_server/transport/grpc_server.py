@@ -42,10 +42,11 @@ def create_server(
     transfer_timeout_seconds: float = 60.0,
     tokens: Tokens | None = None,
     unsent: Unsent | None = None,
+    under_way: UnderWay | None = None,
 ) -> grpc.aio.Server:
     """Return a server, not yet started, that serves `methods`. With `tokens`, calls need one of them.
 
-    `unsent` counts the answers that callers do not read.
+    `unsent` counts the answers that callers do not read, `under_way` the calls.
     """
     options = server_options(max_message_bytes, max_connection_age_seconds, max_connections)
     guards = [TokenGuard(tokens, on_refused=lambda error: metrics.failed(None, "native", error))] if tokens else []
@@ -55,9 +56,25 @@ def create_server(
         transfer_timeout_seconds,
         Receiving(transfer_timeout_seconds),
         unsent or Unsent(max_message_bytes),
+        under_way or UnderWay(),
     )
     server.add_generic_rpc_handlers([_Handlers({method.name: _handler(method, metrics, limits) for method in methods})])
     return server
+
+
+class UnderWay:
+    """How many calls of `methods` are under way, until their answers are sent. Health's watches are none of them."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def begin(self, context: Context) -> None:
+        """Count a call in, and out when it has ended."""
+        self.calls += 1
+        context.add_done_callback(self._end)  # type: ignore[arg-type]
+
+    def _end(self, _: Any) -> None:
+        self.calls -= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +85,7 @@ class _Limits:
     transfer_timeout_seconds: float
     receiving: Receiving
     unsent: Unsent
+    under_way: UnderWay
 
 
 class _Handlers(grpc.GenericRpcHandler):
@@ -169,6 +187,7 @@ def _unary(method: Method, metrics: Metrics, limits: _Limits) -> Any:
     # A handler of a stream, of which one message is read: of a unary handler's call gRPC reads the whole message before it
     # calls it, however long that takes. On the wire and in costs the two are the same.
     async def serve(_messages: Any, context: Context) -> bytes:
+        limits.under_way.begin(context)
         started = watch.started()
         code = "OK"
         try:
@@ -218,6 +237,7 @@ def _stream(method: Method, metrics: Metrics, limits: _Limits) -> Any:
                 raise StalledPeer from None
             watch.sent.inc()
 
+        limits.under_way.begin(context)
         started = watch.started()
         code = "OK"
         try:

@@ -128,6 +128,8 @@ class RequestPipeline:
         self.unsent = unsent or Unsent(max_message_bytes)
         self.is_warm = False  # set once the worker is; requests before that are told to come back
         self.on_done = self._done  # the same object for every request: so the batcher hands them back together
+        # What ends the reading of each stream: a server that drains must not wait for callers who keep one open.
+        self.end_reading: set[Callable[[], object]] = set()
         self._alike: list[_Alike] = []  # answered, and not yet counted
         self._is_answering = False
         # The last batch's stats, for requests that waited this long.
@@ -184,6 +186,11 @@ class RequestPipeline:
                     retry_after_seconds=0.5,
                 )
             )
+
+    def end_streams(self) -> None:
+        """Let every stream end once it has answered what it has taken."""
+        for end in list(self.end_reading):
+            end()
 
     def stats_of(self, computed: Computed) -> bytes:
         """Return the ComputeStats of an answer, encoded."""

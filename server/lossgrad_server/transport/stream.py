@@ -65,21 +65,29 @@ class StreamSession:
         try:
             async with asyncio.TaskGroup() as tasks:  # where reading or writing fails, the other must not wait for it
                 tasks.create_task(self._write())
-                async for message in messages:
-                    await self._take(message, call.deadline)
-                    while self._is_full():
-                        self._has_room.clear()
-                        await self._has_room.wait()
-                self._is_read_out = True
-                self._has_answers.set()
+                reading = tasks.create_task(self._read(messages, call))
+                self._pipeline.end_reading.add(reading.cancel)
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         finally:
             for request in self._pending:
                 request.cancelled = True
+            self._pipeline.end_reading.discard(reading.cancel)
             self._is_over = True
             for *_, let_go in self._outbox:
                 let_go()
+
+    async def _read(self, messages: AsyncIterator[bytes], call: Call) -> None:
+        """Take what comes. Cancelled when the server drains: what is taken is answered, and then the stream ends."""
+        try:
+            async for message in messages:
+                await self._take(message, call.deadline)
+                while self._is_full():
+                    self._has_room.clear()
+                    await self._has_room.wait()
+        finally:
+            self._is_read_out = True
+            self._has_answers.set()
 
     def _is_full(self) -> bool:
         return self._inside_requests >= self._max_requests or self._inside_bytes >= self._max_bytes
