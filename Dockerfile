@@ -69,6 +69,13 @@ RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir wheels .
     && /opt/build/bin/pip --python /opt/lossgrad/bin/python install --no-deps --no-index --root /package wheels/*.whl
 
 
+# The CPU kernels, compiled for the levels of processors that the server knows: a container cannot keep what it compiles,
+# and would spend half a minute of CPU time on it at every start. On other processors it does.
+FROM dependencies AS kernels
+COPY --from=package /package /
+RUN NUMBA_CACHE_DIR=/opt/lossgrad/kernels /opt/lossgrad/bin/python -m lossgrad_server.engine.cpu_target
+
+
 FROM python:${PYTHON_VERSION}-slim-bookworm
 # The account has a name because torch asks for the user's name, and a fixed number so that Kubernetes can check it.
 RUN groupadd --gid 10001 lossgrad \
@@ -79,13 +86,14 @@ RUN groupadd --gid 10001 lossgrad \
 COPY --from=build /usr/bin/tini-static /usr/bin/tini
 COPY --from=dependencies /opt/lossgrad /opt/lossgrad
 COPY --from=package /package /
+COPY --from=kernels /opt/lossgrad/kernels /opt/lossgrad/kernels
 
-# The root is read-only and /tmp is the only place to write: no bytecode, and caches of compiled kernels go there.
+# The root is read-only and /tmp is the only place to write: no bytecode, and Triton's compiled kernels go there.
 ENV PATH=/opt/lossgrad/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
-    NUMBA_CACHE_DIR=/tmp/numba \
+    NUMBA_CACHE_DIR=/opt/lossgrad/kernels \
     TRITON_CACHE_DIR=/tmp/triton
 # No MALLOC_ variables: the server tells glibc itself to keep large blocks (lossgrad_api/allocator.py). Setting them too
 # changed neither page faults nor CPU per call, at 1, 8 and 64 MiB.

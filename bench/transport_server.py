@@ -47,8 +47,13 @@ class IdleWorker:
 def _answer(item: WorkItem) -> WorkResult:
     plan = unpack_header(item.header)
     scalars = SPEC_RESULT.pack(0.0, plan.element_count, float(plan.element_count), 0) * len(plan.specs)
+    wanted = item.destinations or (None,) * len(plan.outputs)
     return WorkResult(
-        scalars, tuple(np.empty(output.tensor.byte_count, np.uint8).data.toreadonly() for output in plan.outputs)
+        scalars,
+        tuple(
+            np.empty(output.tensor.byte_count, np.uint8).data if destination is None else destination
+            for output, destination in zip(plan.outputs, wanted, strict=True)
+        ),
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import grpc
 import pytest
 from hypothesis import settings
 
-from lossgrad_server.engine.cpu_kernel import load_kernel
+from lossgrad_server.engine import cpu_target
 from tests.server.serving import RunningServer, StartServer
 
 # No deadlines: the machines that tests run on are busy. Every run the same examples, so that a failure is found again.
@@ -22,6 +23,10 @@ settings.load_profile("lossgrad")
 def pytest_configure(config: pytest.Config) -> None:
     """Compile the CPU kernels into their cache, once, before any worker process or server of a test wants them."""
     if not hasattr(config, "workerinput"):
+        # For the same level as the program, whose processes then find in the cache what this one compiles.
+        cpu_target.choose(os.environ)
+        from lossgrad_server.engine.cpu_kernel import load_kernel
+
         load_kernel()
 
 

@@ -80,7 +80,7 @@ def table_after(document: Path, marker: str) -> list[tuple[str, ...]]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with ServerProcess(["--reflection"]) as running:
+    with ServerProcess(["--reflection", "--allow-shared-memory"]) as running:
         yield running
 
 

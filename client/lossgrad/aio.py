@@ -11,20 +11,27 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, overload
 
 import grpc
 import grpc.aio
+import numpy as np
 
 from lossgrad.calls import (
+    ASK_SECONDS,
     HEALTH_CHECK,
     HEALTH_REQUEST,
+    JOINED_BYTES,
     Answer,
     Losses,
+    Request,
+    TensorOptions,
     as_losses,
     deadline_seconds,
+    new_shared_memory,
     prepare,
     read_info,
     require_serving,
@@ -40,6 +47,10 @@ from lossgrad.results import LossResult, ServerInfo
 from lossgrad.task_stream import TaskStream
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
 from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
+from lossgrad_api.raw_bytes import join_without_gil
+
+if TYPE_CHECKING:
+    from lossgrad.shared_memory import SharedMemory
 
 
 class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
@@ -47,7 +58,8 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
 
     Calls with small tensors that are under way at the same time travel together, many to a message, which takes a small
     part of the time that calls of their own would take: `await asyncio.gather(*(client.l1(a, b) for a, b in pairs))`. Each
-    keeps its own timeout, cancellation and error. `coalesce=False` makes every call a call of its own.
+    keeps its own timeout, cancellation and error. `coalesce=False` makes every call a call of its own. With
+    `shared_memory=True` large tensors do not travel, as LossClient says.
     """
 
     def __init__(
@@ -63,6 +75,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
         retries: int | None = None,
         max_message_bytes: int | None = None,
         coalesce: bool | None = None,
+        shared_memory: bool | None = None,
         bulk: bool | None = None,
     ) -> None:
         self._settings = ChannelSettings.resolve(
@@ -76,8 +89,10 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             retries=retries,
             max_message_bytes=max_message_bytes,
             coalesce=coalesce,
+            shared_memory=shared_memory,
             bulk=bulk,
         )
+        self._memory = new_shared_memory() if self._settings.shared_memory else None
         self._metadata = self._settings.metadata
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: _Connection | None = None
@@ -122,23 +137,47 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
         The options are those of the methods `smooth_l1`, `huber`, `l1` and `mse`. Raises LossgradError.
         """
         specs, is_single = as_losses(losses)
-        request = prepare(
-            input,
-            target,
-            specs,
-            is_single=is_single,
-            max_message_bytes=self._settings.max_message_bytes,
-            weight=weight,
-            mask=mask,
-            allow_broadcast=allow_broadcast,
-            idempotency_key=idempotency_key,
+        options = TensorOptions(
+            weight=weight, mask=mask, allow_broadcast=allow_broadcast, idempotency_key=idempotency_key
         )
-        connection = self._connected()
-        if connection.coalescer is not None and connection.coalescer.takes(request):
-            return await connection.coalescer.compute(request, deadline_seconds(timeout, self._settings.timeout))
+        if self._memory is not None:
+            await self._ask_for_memory(self._memory)
+            shared = self._memory.prepare(input, target, specs, is_single=is_single, **options)
+            if shared is not None:
+                try:
+                    return await self._send(shared, timeout)
+                except LossgradError as error:
+                    if not self._memory.must_travel(shared, error):
+                        raise
+        limit = self._settings.max_message_bytes
+        request = prepare(input, target, specs, is_single=is_single, max_message_bytes=limit, **options)
+        coalescer = self._connected().coalescer
+        if coalescer is not None and coalescer.takes(request):
+            return await coalescer.compute(request, deadline_seconds(timeout, self._settings.timeout))
+        return await self._send(request, timeout)
+
+    async def _send(self, request: Request, timeout: float | None) -> Answer:
         start = time.perf_counter()
-        answer = await self._call(connection.compute, request.message(), timeout)
-        return request.read(answer, time.perf_counter() - start)
+        if request.byte_count < JOINED_BYTES:
+            answer = await self._call(self._connected().compute, request.message(), timeout)
+            return request.read(answer, time.perf_counter() - start)
+        # Copied by a thread, without the GIL: tens of MiB would hold up the event loop for as many milliseconds.
+        loop = asyncio.get_running_loop()
+        message = await loop.run_in_executor(None, join_without_gil, request.parts)
+        answer = await self._call(self._connected().compute, message, timeout)
+        return await loop.run_in_executor(None, request.read, answer, time.perf_counter() - start)
+
+    async def _ask_for_memory(self, memory: SharedMemory) -> None:
+        if memory.must_ask:
+            with suppress(LossgradError):  # the call itself will find out the same, and raises
+                memory.offered(await self._call(self._connected().info, b"", ASK_SECONDS))
+
+    async def empty(self, shape: int | tuple[int, ...], dtype: Any = "float32") -> np.ndarray[Any, Any]:
+        """Return a new array for tensors to send, as LossClient.empty."""
+        if self._memory is None:
+            return np.empty(shape, dtype)
+        await self._ask_for_memory(self._memory)
+        return self._memory.empty(shape, dtype)
 
     def _compute_one(
         self, input: Any, target: Any, loss: Loss, options: dict[str, Any]
@@ -195,6 +234,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             in_flight_bytes=in_flight_bytes,
             allow_broadcast=allow_broadcast,
             timeout=timeout,
+            memory=self._memory,
         )
         return self._run_stream(pairs, feed)
 
@@ -236,6 +276,8 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
             if connection.coalescer is not None:
                 await connection.coalescer.close()
             await connection.channel.close()
+        if self._memory is not None:
+            self._memory.close()
 
     def _connected(self) -> _Connection:
         self._check_loop()
@@ -275,6 +317,8 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]]):
         """Drive the window: fill it, give back what is ready, and wait only when neither can be done."""
         window = feed.window
         stream = TaskStream(self._open_stream)
+        if self._memory is not None:
+            await self._ask_for_memory(self._memory)
         pull = _puller(pairs)
         has_more = True
         try:

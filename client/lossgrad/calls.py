@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -25,6 +25,9 @@ from lossgrad_api.codec import (
 )
 from lossgrad_api.v1 import loss_service_pb2 as pb
 
+if TYPE_CHECKING:
+    from lossgrad.shared_memory import SharedMemory
+
 HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
 # grpc.health.v1.HealthCheckRequest{service: SERVICE}; two fields are not worth depending on another package.
 HEALTH_REQUEST: Final = b"\x0a" + bytes((len(SERVICE),)) + SERVICE.encode()
@@ -34,6 +37,8 @@ _MAX_SPECS: Final = 16
 # use the arrays for something else.
 JOINED_BYTES: Final = 256 * 1024
 _MAX_FORMS: Final = 1024
+# How long a call may wait to learn whether the server shares memory.
+ASK_SECONDS: Final = 5.0
 
 Losses = Loss | Sequence[Loss]
 Answer = LossResult | tuple[LossResult, ...]
@@ -57,6 +62,10 @@ class Request:
     def message(self) -> bytes:
         """Return the message: the one copy of the caller's elements."""
         return b"".join(self.parts)
+
+    def instead(self, error: LossgradError) -> Request | None:
+        """Return the request to send in place of this one, which failed; None where there is none."""
+        return None
 
     def read(self, message: bytes, round_trip_seconds: float) -> Answer:
         """Return what a ComputeLossResponse says."""
@@ -124,6 +133,22 @@ class _Form(NamedTuple):
 
 _forms: dict[tuple[Any, ...], _Form] = {}
 _NO_OPTIONS: Final[Mapping[str, Any]] = {}
+
+
+class TensorOptions(TypedDict):
+    """What a request has beside input, target and losses."""
+
+    weight: Any
+    mask: Any
+    allow_broadcast: bool
+    idempotency_key: str
+
+
+def new_shared_memory(ask: Callable[[], bytes] | None = None) -> SharedMemory:
+    """Return what a client that shares memory needs. Imported only here: it needs more of the system than other calls."""
+    from lossgrad.shared_memory import SharedMemory
+
+    return SharedMemory(ask)
 
 
 def as_losses(losses: Losses) -> tuple[tuple[Loss, ...], bool]:

@@ -9,11 +9,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import grpc
 import grpc.aio
 
+from lossgrad_api.allocator import keep_large_blocks
 from lossgrad_api.codec import SERVICE
 
 DEFAULT_TARGET: Final = "localhost:50051"
@@ -41,7 +42,11 @@ class ChannelSettings:
     retries: int = DEFAULT_RETRIES
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     bulk: bool = False  # whether its requests go after those of others
+    keep_large_blocks: bool = (
+        False  # whether connecting tells the C library to keep large blocks, for the whole process
+    )
     coalesce: bool = True  # whether an AsyncLossClient's concurrent small calls share a stream
+    shared_memory: bool = False  # whether tensors stay in shared memory where the server is on this machine
 
     def __post_init__(self) -> None:
         if not self.timeout > 0:
@@ -74,6 +79,7 @@ class ChannelSettings:
         retries: int | None = None,
         max_message_bytes: int | None = None,
         coalesce: bool | None = None,
+        shared_memory: bool | None = None,
         bulk: bool | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> ChannelSettings:
@@ -109,7 +115,10 @@ class ChannelSettings:
             timeout=setting("TIMEOUT", timeout, float, DEFAULT_TIMEOUT_SECONDS),
             retries=setting("RETRIES", retries, int, DEFAULT_RETRIES),
             max_message_bytes=setting("MAX_MESSAGE_BYTES", max_message_bytes, int, DEFAULT_MAX_MESSAGE_BYTES),
+            # No argument: it is the process's, and no client's.
+            keep_large_blocks=setting("KEEP_LARGE_BLOCKS", None, _boolean, False),
             coalesce=setting("COALESCE", coalesce, _boolean, True),
+            shared_memory=setting("SHARED_MEMORY", shared_memory, _boolean, False),
             bulk=setting("BULK", bulk, _boolean, False),
         )
 
@@ -176,8 +185,22 @@ class ChannelSettings:
         return config
 
 
+class Channel(Protocol):
+    """What a client needs of a channel: grpc.Channel has it, and so has the in-process one of `embedded()`."""
+
+    def unary_unary(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
+        """Return a callable (request, timeout, metadata) -> response."""
+
+    def stream_stream(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
+        """Return a callable (request_iterator, timeout, metadata) -> response iterator."""
+
+    def close(self) -> None:
+        """End everything under way."""
+
+
 def connect(settings: ChannelSettings) -> grpc.Channel:
     """Return a channel. It connects at its first call."""
+    _set_allocator(settings)
     if settings.tls:
         return grpc.secure_channel(settings.target, _credentials(settings), options=settings.options)
     return grpc.insecure_channel(settings.target, options=settings.options)
@@ -185,9 +208,15 @@ def connect(settings: ChannelSettings) -> grpc.Channel:
 
 def connect_aio(settings: ChannelSettings) -> grpc.aio.Channel:
     """Return a channel of the running event loop. It connects at its first call."""
+    _set_allocator(settings)
     if settings.tls:
         return grpc.aio.secure_channel(settings.target, _credentials(settings), options=settings.options)
     return grpc.aio.insecure_channel(settings.target, options=settings.options)
+
+
+def _set_allocator(settings: ChannelSettings) -> None:
+    if settings.keep_large_blocks:
+        keep_large_blocks()
 
 
 def is_local(target: str) -> bool:

@@ -14,23 +14,28 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Protocol, Self, Unpack, overload
+from typing import Any, Literal, NoReturn, Self, Unpack, overload
 
 import grpc
+import numpy as np
 
 from lossgrad.calls import (
+    ASK_SECONDS,
     HEALTH_CHECK,
     HEALTH_REQUEST,
     Answer,
     Losses,
+    Request,
+    TensorOptions,
     as_losses,
     deadline_seconds,
+    new_shared_memory,
     prepare,
     read_info,
     require_serving,
     stream_ended,
 )
-from lossgrad.channel import ChannelSettings, connect
+from lossgrad.channel import Channel, ChannelSettings, connect
 from lossgrad.errors import LossgradError, from_rpc_error
 from lossgrad.feed import ComputeOptions, OnError, PairFeed, StreamOptions
 from lossgrad.loss_methods import LossMethods
@@ -39,19 +44,6 @@ from lossgrad.results import LossResult, ServerInfo
 from lossgrad.thread_stream import ThreadStream, inherited
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
 from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
-
-
-class Channel(Protocol):
-    """What a client needs of a channel: grpc.Channel has it, and so has the in-process one of `embedded()`."""
-
-    def unary_unary(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
-        """Return a callable (request, timeout, metadata) -> response."""
-
-    def stream_stream(self, method: str, request_serializer: Any = None, response_deserializer: Any = None) -> Any:
-        """Return a callable (request_iterator, timeout, metadata) -> response iterator."""
-
-    def close(self) -> None:
-        """End everything under way."""
 
 
 class LossClient(LossMethods[LossResult]):
@@ -64,6 +56,9 @@ class LossClient(LossMethods[LossResult]):
     authorities. `timeout` is each call's, in seconds (30). `retries` is how often a call that found the server
     unavailable is sent again (2). `max_message_bytes` is the largest message to send or take (256 MiB). `bulk` lets all that
     others wait for go first (False).
+
+    `shared_memory=True` leaves large tensors in memory shared with a server on this machine that allows it; otherwise they
+    travel as ever. Arrays of results then lie there, so keep no more of them than you need.
     """
 
     def __init__(
@@ -78,6 +73,7 @@ class LossClient(LossMethods[LossResult]):
         timeout: float | None = None,
         retries: int | None = None,
         max_message_bytes: int | None = None,
+        shared_memory: bool | None = None,
         bulk: bool | None = None,
     ) -> None:
         settings = ChannelSettings.resolve(
@@ -90,6 +86,7 @@ class LossClient(LossMethods[LossResult]):
             timeout=timeout,
             retries=retries,
             max_message_bytes=max_message_bytes,
+            shared_memory=shared_memory,
             bulk=bulk,
         )
         self._set_up(settings, None)
@@ -128,6 +125,7 @@ class LossClient(LossMethods[LossResult]):
         self._connection: _Connection | None = None
         self._is_closed = False
         self._pid = os.getpid()
+        self._memory = new_shared_memory(self._ask_for_memory) if settings.shared_memory else None
         _clients.add(self)
 
     def __enter__(self) -> Self:
@@ -175,20 +173,31 @@ class LossClient(LossMethods[LossResult]):
         The options are those of the methods `smooth_l1`, `huber`, `l1` and `mse`. Raises LossgradError.
         """
         specs, is_single = as_losses(losses)
-        request = prepare(
-            input,
-            target,
-            specs,
-            is_single=is_single,
-            max_message_bytes=self._settings.max_message_bytes,
-            weight=weight,
-            mask=mask,
-            allow_broadcast=allow_broadcast,
-            idempotency_key=idempotency_key,
+        options = TensorOptions(
+            weight=weight, mask=mask, allow_broadcast=allow_broadcast, idempotency_key=idempotency_key
         )
+        if self._memory is not None:
+            answer = self._memory.compute(
+                lambda shared: self._send(shared, timeout), input, target, specs, is_single=is_single, **options
+            )
+            if answer is not None:
+                return answer
+        limit = self._settings.max_message_bytes
+        return self._send(
+            prepare(input, target, specs, is_single=is_single, max_message_bytes=limit, **options), timeout
+        )
+
+    def _send(self, request: Request, timeout: float | None) -> Answer:
         start = time.perf_counter()
         answer = self._call(self._connected().compute, request.message(), timeout)
         return request.read(answer, time.perf_counter() - start)
+
+    def empty(self, shape: int | tuple[int, ...], dtype: Any = "float32") -> np.ndarray[Any, Any]:
+        """Return a new array, as numpy.empty, for tensors to send: in shared memory, nothing of it is then copied.
+
+        An ordinary array where memory is not shared. `torch.from_numpy` of it is a tensor in the same memory.
+        """
+        return np.empty(shape, dtype) if self._memory is None else self._memory.empty(shape, dtype)
 
     def _compute_one(self, input: Any, target: Any, loss: Loss, options: dict[str, Any]) -> LossResult:
         return self.compute(input, target, loss, **options)
@@ -246,6 +255,7 @@ class LossClient(LossMethods[LossResult]):
             in_flight_bytes=in_flight_bytes,
             allow_broadcast=allow_broadcast,
             timeout=timeout,
+            memory=self._memory,
         )
         return self._run_stream(iter(pairs), feed)
 
@@ -285,6 +295,8 @@ class LossClient(LossMethods[LossResult]):
             connection, self._connection = self._connection, None
         if connection is not None:
             connection.channel.close()
+        if self._memory is not None:
+            self._memory.close()
 
     def _connected(self) -> _Connection:
         connection = self._connection
@@ -309,10 +321,15 @@ class LossClient(LossMethods[LossResult]):
             raise from_rpc_error(error, self._settings.target) from error
         return answer
 
+    def _ask_for_memory(self) -> bytes:
+        return self._call(self._connected().info, b"", ASK_SECONDS)
+
     def _run_stream(self, pairs: Iterator[Any], feed: PairFeed) -> Iterator[Any]:
         """Drive the window: fill it, give back what is ready, and wait only when neither can be done."""
         window = feed.window
         stream = ThreadStream(self._open_stream)
+        if self._memory is not None:
+            self._memory.find_out()
         has_more = True
         try:
             while True:
@@ -382,6 +399,9 @@ def _forget_connections() -> None:
         inherited.append(client._connection)
         client._connection = None
         client._lock = threading.Lock()  # another thread of the parent may have held it
+        if client._memory is not None:
+            inherited.append(client._memory)
+            client._memory = new_shared_memory(client._ask_for_memory)
 
 
 if hasattr(os, "register_at_fork"):

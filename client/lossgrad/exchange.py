@@ -178,6 +178,11 @@ class Exchange:
 
     def fail(self, item: Item, error: LossgradError, now: float, jitter: float | None = None) -> None:
         """Take note that a request, which is not sent now, failed: it is put off to be sent again, or finished."""
+        if (other := item.request.instead(error)) is not None:
+            item.request, item.message, item.due_at = other, None, now
+            self._put_off[item.tag] = item
+            self.wake_at = min(self.wake_at, now)
+            return
         if error.reason == "DRAINING":
             self.draining.add(item.stream)
         if error.code not in TRANSIENT or item.failures >= self._retries or item.is_forgotten:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from lossgrad.calls import Answer, Losses, as_losses, deadline_seconds, prepare, split_pair
+from lossgrad.calls import Answer, Losses, Request, as_losses, deadline_seconds, prepare, split_pair
 from lossgrad.channel import ChannelSettings
 from lossgrad.errors import LossgradError
 from lossgrad.exchange import FRAME_BYTES
 from lossgrad.losses import Loss
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
+
+if TYPE_CHECKING:
+    from lossgrad.shared_memory import SharedMemory
 
 OnError = Literal["raise", "return"]
 
@@ -48,6 +51,7 @@ class PairFeed:
         in_flight_bytes: int = DEFAULT_IN_FLIGHT_BYTES,
         allow_broadcast: bool = False,
         timeout: float | None = None,
+        memory: SharedMemory | None = None,
     ) -> None:
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error is {on_error!r}; it must be 'raise' or 'return'")
@@ -55,6 +59,7 @@ class PairFeed:
         self._specs, self._is_single = as_losses(losses)
         self._is_raising = on_error == "raise"
         self._allow_broadcast = allow_broadcast
+        self._memory = memory
         self._max_request_bytes = settings.max_message_bytes - FRAME_BYTES
         self.window = StreamWindow(
             max_requests=in_flight,
@@ -69,15 +74,13 @@ class PairFeed:
         """Add the caller's next pair; return the messages to send now."""
         try:
             input, target, options = split_pair(pair)
-            request = prepare(
-                input,
-                target,
-                tuple(self._specs),
-                is_single=self._is_single,
-                max_message_bytes=self._max_request_bytes,
-                allow_broadcast=self._allow_broadcast,
-                **options,
-            )
+            form = {"is_single": self._is_single, "allow_broadcast": self._allow_broadcast, **options}
+            request: Request | None = None
+            if self._memory is not None:
+                request = self._memory.prepare(input, target, tuple(self._specs), copies=True, **form)
+            if request is None:
+                limit = self._max_request_bytes
+                request = prepare(input, target, tuple(self._specs), max_message_bytes=limit, **form)
         except LossgradError as error:
             self.window.add_failed(error)
             return []

@@ -38,7 +38,7 @@ NAMES: Final = {
     BOOL: "bool",
 }
 ITEMSIZES: Final = {number: 2 if name == "bfloat16" else np.dtype(name).itemsize for number, name in NAMES.items()}
-_FLOATS: Final = frozenset((FLOAT16, BFLOAT16, FLOAT32, FLOAT64))
+FLOATS: Final = frozenset((FLOAT16, BFLOAT16, FLOAT32, FLOAT64))
 
 _SMALL_BYTES: Final = 64 * 1024
 
@@ -71,6 +71,9 @@ class Family(Protocol):
     def tensor(self, wire: WireTensor) -> Any:
         """Return a tensor of an answer as the caller's kind of array, writable and its own."""
 
+    def adopt(self, wire: WireTensor) -> Any:
+        """As `tensor`, but in the memory that it came in, which is writable and nobody else's."""
+
     def scalar(self, value: float, data_type: int) -> Any:
         """Return a scalar loss in the caller's kind, rounded to the data type."""
 
@@ -98,11 +101,20 @@ class NumpyFamily:
         else:
             array = np.empty(shape, dtype)
             np.copyto(array, np.ndarray(shape, dtype, data))  # without the GIL
-        if data_type == BFLOAT16:
-            own = self._bfloat16_dtype()
-            # Without a dtype object for it, float32 holds every bfloat16 exactly.
-            return (array.astype(np.uint32) << 16).view(np.float32) if own is None else array.view(own)
-        return array
+        return self._in_own_type(array, data_type)
+
+    def adopt(self, wire: WireTensor) -> Any:
+        """Return a tensor of an answer as an array over its memory."""
+        data_type, shape, data = wire
+        dtype = _checked_dtype(data_type, shape, len(data))
+        return self._in_own_type(np.ndarray(shape, dtype, data), data_type)
+
+    def _in_own_type(self, array: np.ndarray[Any, Any], data_type: int) -> np.ndarray[Any, Any]:
+        if data_type != BFLOAT16:
+            return array
+        own = self._bfloat16_dtype()
+        # Without a dtype object for it, float32 holds every bfloat16 exactly.
+        return (array.astype(np.uint32) << 16).view(np.float32) if own is None else array.view(own)
 
     def scalar(self, value: float, data_type: int) -> Any:
         """Return a scalar loss as a NumPy scalar."""
@@ -160,7 +172,7 @@ def is_array(value: Any) -> bool:
 def read_weight(value: Any) -> WireTensor:
     """Return the weights as floating point: integers become float64."""
     wire = read_operand(value, "weight").wire
-    if wire.data_type in _FLOATS:
+    if wire.data_type in FLOATS:
         return wire
     array = np.frombuffer(wire.data, _DTYPES[wire.data_type]).reshape(wire.shape).astype(np.float64)
     return _from_numpy(array, "weight").wire
@@ -180,9 +192,9 @@ def read_mask(value: Any) -> WireTensor:
 
 def promote(first: int, second: int) -> int:
     """Return the floating-point type that torch.promote_types gives for two DataType numbers."""
-    if first == second or second not in _FLOATS:
+    if first == second or second not in FLOATS:
         return first
-    if first not in _FLOATS:
+    if first not in FLOATS:
         return second
     # The numbers ascend with the range, save float16 and bfloat16, which meet in float32.
     return max(first, second, FLOAT32)
@@ -269,7 +281,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _weak(value: float, data_type: int, name: str) -> WireTensor:
-    if data_type not in _FLOATS or isinstance(value, bool):
+    if data_type not in FLOATS or isinstance(value, bool):
         return _from_numpy(_as_numpy(value, name), name).wire
     try:
         number = float(value)

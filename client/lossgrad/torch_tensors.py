@@ -23,12 +23,16 @@ class TorchFamily:
 
     def tensor(self, wire: WireTensor) -> Any:
         """Return a tensor of an answer as a torch tensor on the device."""
+        # The bytearray is the one copy, and the tensor's own memory.
+        return self.adopt(WireTensor(wire.data_type, wire.shape, bytearray(wire.data)))
+
+    def adopt(self, wire: WireTensor) -> Any:
+        """Return a tensor of an answer as a torch tensor over its memory; on another device, as a copy there."""
         check_length(wire.data_type, wire.shape, len(wire.data))
         dtype = _DTYPES[wire.data_type]
         if not wire.data:
             return torch.empty(wire.shape, dtype=dtype, device=self._device)
-        # The bytearray is the one copy, and the tensor's own memory.
-        tensor = torch.frombuffer(bytearray(wire.data), dtype=dtype).view(wire.shape)
+        tensor = torch.frombuffer(wire.data, dtype=dtype).view(wire.shape)
         return tensor if self._is_cpu else tensor.to(self._device)
 
     def scalar(self, value: float, data_type: int) -> Any:

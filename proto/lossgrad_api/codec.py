@@ -30,13 +30,15 @@ from lossgrad_api.response_codec import (
     encode_compute_response,
     encode_stats,
     encode_stream_response,
+    stream_response_parts,
 )
 from lossgrad_api.response_form import ResponseForm, ResultForm, TensorForm
-from lossgrad_api.wire import Buffer, CodecError, HeaderTooLarge, WireTensor
+from lossgrad_api.wire import EMPTY, Buffer, CodecError, HeaderTooLarge, WireTensor
 
 __all__ = [
     "ACCUMULATE_LOSS",
     "COMPUTE_LOSS",
+    "EMPTY",
     "GET_SERVER_INFO",
     "MAX_HEADER_BYTES",
     "SERVICE",
@@ -65,6 +67,7 @@ __all__ = [
     "parse_request_header",
     "split_compute_request",
     "split_stream_request",
+    "stream_response_parts",
 ]
 
 SERVICE: Final = "lossgrad_api.v1.LossService"

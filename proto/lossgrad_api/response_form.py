@@ -61,6 +61,14 @@ class _Result:
             fixed = self._by_counts[counts] = self._encode(counts)
         return fixed
 
+    def head(self, scalar: bytes, counts: bytes) -> bytes:
+        """Return all of a result of one tensor but its data, which are to follow."""
+        (tensor,) = self._form.tensors
+        head = b"\x09" + scalar if self.has_scalar else b""
+        head += counts_fields(*_COUNTS.unpack(counts))
+        head += tensor_head(tensor.field << 3 | 2, tensor.data_type, tensor.shape, tensor.byte_count)
+        return b"\x12" + varint(len(head) + tensor.byte_count) + head
+
     def _encode(self, counts: bytes) -> tuple[bytes, ...]:
         pieces: list[bytes] = []
         head = b""
@@ -90,6 +98,10 @@ class ResponseForm:
         self._results = tuple(map(_Result, forms))
         self._is_joined = sum(tensor.byte_count for form in forms for tensor in form.tensors) < JOINED_BYTES
         self._single = self._results[0] if len(forms) == 1 and forms[0].has_scalar and self._is_joined else None
+        # The bytes of the one tensor of an answer that can be written in place; 0 where it is small, or one of several.
+        self.in_place_bytes = 0
+        if len(forms) == 1 and len(forms[0].tensors) == 1 and not self._is_joined:
+            self.in_place_bytes = forms[0].tensors[0].byte_count
 
     def parts(self, stats: bytes, records: bytes, tensors: Sequence[Buffer], idempotency_key: str = "") -> list[Buffer]:
         """Return a response as parts to join; as one part where that is little.
@@ -117,6 +129,14 @@ class ResponseForm:
         if idempotency_key:
             parts.append(string_field(3, idempotency_key))
         return [b"".join(parts)] if self._is_joined else _merged(parts)
+
+    def head(self, stats: bytes, records: bytes, idempotency_key: str = "") -> bytes:
+        """Return all of a response but its one tensor's data, which are to follow. The arguments are those of `parts`.
+
+        Fields come in another order than `parts` gives them: all that is not the tensor stands before it.
+        """
+        (result,) = self._results
+        return string_field(3, idempotency_key) + stats + result.head(records[:_SCALAR_BYTES], records[_SCALAR_BYTES:])
 
 
 def _merged(parts: list[Buffer]) -> list[Buffer]:

@@ -171,6 +171,7 @@ def scalar_field(field: int, value: int) -> bytes:
     return varint(field << 3) + signed_varint(value) if value else b""
 
 
+@lru_cache(maxsize=256)
 def string_field(field: int, value: str) -> bytes:
     """Return a string field; nothing for "", as proto3 has it."""
     data = value.encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 
 from lossgrad_api.allocator import keep_large_blocks
@@ -21,6 +22,9 @@ def main() -> int:
         security(config)  # files that cannot be read are told at once, too
         # Only now, so that --help and a bad setting do not wait seconds for torch.
         from lossgrad_server.app import DeviceLost, run
+        from lossgrad_server.engine import cpu_target
+
+        cpu_target.choose(os.environ)
 
         try:
             asyncio.run(run(config))

@@ -13,13 +13,12 @@ import platform
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc.aio
 import prometheus_client
 
 from lossgrad_api.allocator import release_free_memory
-from lossgrad_api.codec import SERVICE
 from lossgrad_server import __version__, engine
 from lossgrad_server.batching.admission import AdmissionLimits
 from lossgrad_server.batching.batcher import Batcher
@@ -35,6 +34,9 @@ from lossgrad_server.transport.open_inference.service import OpenInferenceDescri
 from lossgrad_server.transport.pipeline import RequestPipeline
 from lossgrad_server.transport.service import LossService, ServiceDescription
 from lossgrad_server.transport.transfers import Unsent
+
+if TYPE_CHECKING:
+    from lossgrad_server.shared_memory.sharing import SharedMemory
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,11 @@ class DeviceLost(Exception):
 class Core:
     """What every server has, whatever transport is on top: the worker, the batcher, the metrics, the handlers."""
 
-    def __init__(self, config: ServerConfig, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, config: ServerConfig, loop: asyncio.AbstractEventLoop, shared_memory: SharedMemory | None = None
+    ) -> None:
+        """`shared_memory` is what the server shares with its callers; None for nothing."""
+        self.shared_memory = shared_memory
         self.device_lost = asyncio.Event()
         self._expiry: asyncio.Task[None] | None = None
         self.is_ready = False
@@ -89,8 +95,15 @@ class Core:
             on_lost=self.device_lost.set,
         )
         self.metrics.watch(self.batcher)
-        unsent = Unsent(config.max_queued_bytes // 4)
-        self.pipeline = RequestPipeline(self.batcher, self.metrics, config.max_message_bytes, unsent)
+        self.pipeline = RequestPipeline(
+            self.batcher,
+            self.metrics,
+            config.max_message_bytes,
+            None if shared_memory is None else shared_memory.segments,
+            unsent=Unsent(config.max_queued_bytes // 4),
+        )
+        if shared_memory is not None:
+            self.metrics.watch_memory(shared_memory.state)
         description = ServiceDescription(
             server_version=__version__,
             torch_version=engine.torch_version(),
@@ -101,7 +114,8 @@ class Core:
             max_queued_bytes=config.max_queued_bytes,
             max_stream_requests=config.max_stream_requests,
         )
-        self.methods: list[Method] = LossService(self.pipeline, description).methods()
+        offer = (lambda _: None) if shared_memory is None else shared_memory.offer
+        self.methods: list[Method] = LossService(self.pipeline, description, offer).methods()
         if config.open_inference:
             self.methods += OpenInferenceService(
                 self.pipeline,
@@ -113,6 +127,7 @@ class Core:
                     max_stream_requests=config.max_stream_requests,
                 ),
                 is_ready=lambda: self.is_ready,
+                regions=None if shared_memory is None else shared_memory.system_regions,
             ).methods()
 
     async def warm_up(self) -> None:
@@ -140,6 +155,8 @@ class Core:
         if self._expiry is not None:
             self._expiry.cancel()
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.close, _WORKER_STOP_SECONDS)
+        if self.shared_memory is not None:
+            self.shared_memory.close()
 
 
 class Server:
@@ -150,7 +167,7 @@ class Server:
         self.port = 0
         self.metrics_port: int | None = None
         self._security = security(config)  # before the device: a bad setting must be told at once
-        self._core = Core(config, asyncio.get_running_loop())
+        self._core = Core(config, asyncio.get_running_loop(), _shared_memory(config))
         self._health = Health()
         self._under_way = UnderWay()
         self._grpc = create_server(
@@ -168,7 +185,9 @@ class Server:
         if self._security.certificates is not None:
             self._core.metrics.watch_certificates(self._security.certificates)
         if config.reflection:
-            _add_reflection(self._grpc)
+            from lossgrad_server.transport.reflection import add_reflection
+
+            add_reflection(self._grpc, open_inference=config.open_inference)
         self._stop_metrics: Callable[[], None] = lambda: None
         self._trimmer: asyncio.Task[None] | None = None
 
@@ -193,6 +212,8 @@ class Server:
             ) from None
         if self.config.metrics_port >= 0:
             self._start_metrics()
+        if self._core.shared_memory is not None:
+            self._core.shared_memory.start(self.config.address, self.port)
         await self._health.set_alive()
         await self._grpc.start()
         try:
@@ -367,6 +388,17 @@ class EmbeddedServer:
         self._thread.join()
 
 
+def _shared_memory(config: ServerConfig) -> SharedMemory | None:
+    if not config.allow_shared_memory:
+        return None
+    from lossgrad_server.shared_memory.sharing import (
+        SharedMemory,
+    )  # needs more of the system than the rest of the server
+
+    logger.warning("Sharing memory with callers on this machine: see docs/shared-memory.md for what that trusts")
+    return SharedMemory(config.max_shared_memory_bytes, config.region_prefixes)
+
+
 def _poster(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]:
     def post(callback: Callable[[], None]) -> None:
         try:
@@ -375,11 +407,3 @@ def _poster(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], N
             logger.debug("A batch ended after the event loop")
 
     return post
-
-
-def _add_reflection(server: grpc.aio.Server) -> None:
-    from grpc_health.v1 import health
-    from grpc_reflection.v1alpha import reflection
-
-    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)  # type: ignore[no-untyped-call]

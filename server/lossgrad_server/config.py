@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -21,6 +22,7 @@ INT32_MAX: Final = (1 << 31) - 1  # the limits that GetServerInfo tells travel a
 INT64_MAX: Final = (1 << 63) - 1
 DAY_SECONDS: Final = 86_400
 ENVIRONMENT_PREFIX: Final = "LOSSGRAD_"
+_PREFIX: Final = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 _CHOICES: Final = {
     "engine": ("fused", "plain"),
     "log_level": ("debug", "info", "warning", "error"),
@@ -99,6 +101,23 @@ class ServerConfig:
     max_batch_bytes: int = _setting(
         256 * MIB, "Most bytes in a batch, answers included; bounds the memory on the device.", least=1
     )
+    allow_shared_memory: bool = _setting(
+        False,
+        "Share memory with callers on this machine, so that tensors need not travel: for the SDK's shared_memory=True and "
+        "for Open Inference's system regions. Off, because it lets callers name and fill memory that the server reads; a "
+        "proxy on this machine makes its callers look local.",
+    )
+    shared_memory_prefixes: str = _setting(
+        "lossgrad",
+        "What the names of Open Inference's system regions must begin with, after the leading slash; several with commas. "
+        "Short ones let callers name memory of other programs of theirs. The SDK's memory has no names.",
+    )
+    max_shared_memory_bytes: int = _setting(
+        4096 * MIB,
+        "Most bytes of shared memory at a time. The SDK's callers that find no room send their tensors in messages.",
+        least=1,
+        most=INT64_MAX,
+    )
     open_inference: bool = _setting(
         True,
         "Serve the Open Inference Protocol too, on the same port and from the same batches, for Triton's clients and tools.",
@@ -175,11 +194,21 @@ class ServerConfig:
         for name, words in _CHOICES.items():
             if getattr(self, name) not in words:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}; it must be {_either(words)}")
+        if not all(_PREFIX.fullmatch(prefix) for prefix in self.region_prefixes):
+            raise ConfigError(
+                f"--shared-memory-prefixes is {self.shared_memory_prefixes!r}; it must be names of letters, digits, '.', "
+                "'_' and '-', with commas between them"
+            )
 
     @property
     def address(self) -> str:
         """The address to listen on, as gRPC takes it."""
         return self.host if self.is_socket else f"{self.host}:{self.port}"
+
+    @property
+    def region_prefixes(self) -> tuple[str, ...]:
+        """What the names of system regions must begin with, one of them."""
+        return tuple(prefix.strip() for prefix in self.shared_memory_prefixes.split(","))
 
     @property
     def is_socket(self) -> bool:

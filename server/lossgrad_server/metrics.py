@@ -9,15 +9,16 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Final, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from lossgrad_server.batching.forming import Batch, ClosedBy
+from lossgrad_server.counters import Counter
 from lossgrad_server.errors import Code, Reason, RequestError
 from lossgrad_server.histograms import Histogram
 from lossgrad_server.jobs import JobPlan, LossKind
@@ -212,6 +213,10 @@ class Metrics:
         """Export the queue's state, read anew at every scrape."""
         self.registry.register(_QueueCollector(queue, self._utilization, self.device))
 
+    def watch_memory(self, state: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
+        """Export what is shared with callers, read anew at every scrape: (kind, regions, bytes) of each kind."""
+        self.registry.register(_SharedMemoryCollector(state))
+
     def watch_certificates(self, certificates: CertificateState) -> None:
         """Export until when the certificate is valid, read anew at every scrape."""
         gauge = Gauge(
@@ -328,3 +333,16 @@ class _QueueCollector(Collector):
             family.add_metric((self._device,), value)
             families.append(family)
         return families
+
+
+class _SharedMemoryCollector(Collector):
+    def __init__(self, state: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
+        self._state = state
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        regions = GaugeMetricFamily("lossgrad_shm_regions", "Regions of shared memory.", labels=("kind",))
+        sizes = GaugeMetricFamily("lossgrad_shm_bytes", "Bytes of shared memory.", labels=("kind",))
+        for kind, count, byte_count in self._state():
+            regions.add_metric((kind,), count)
+            sizes.add_metric((kind,), byte_count)
+        return [regions, sizes]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lossgrad import channel
 from lossgrad.channel import ChannelSettings, is_local
 
 
@@ -136,3 +137,14 @@ def test_the_service_config_balances_checks_health_and_retries_unary_calls() -> 
 def test_a_proxy_is_not_asked_for_this_machine() -> None:
     assert dict(ChannelSettings(target="localhost:1").options)["grpc.enable_http_proxy"] == 0
     assert "grpc.enable_http_proxy" not in dict(ChannelSettings(target="lossgrad:1").options)
+
+
+@pytest.mark.parametrize(("value", "is_kept"), [("1", True), ("0", False), ("", False)])
+def test_the_allocator_is_the_processes_choice_by_its_variable(
+    monkeypatch: pytest.MonkeyPatch, value: str, is_kept: bool
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(channel, "keep_large_blocks", lambda: calls.append(True))
+    settings = ChannelSettings.resolve("localhost:1", environment={"LOSSGRAD_KEEP_LARGE_BLOCKS": value})
+    channel.connect(settings).close()
+    assert calls == [True] * is_kept

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import generate_latest
 
 import lossgrad_server
+from lossgrad_api import inference
 from lossgrad_api.codec import SERVICE
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_api.v1.loss_service_pb2_grpc import LossServiceStub
@@ -253,7 +254,7 @@ def test_what_callers_name_adds_no_series(running: RunningServer, connect: Conne
 CLOSED = {
     "loss": {"smooth_l1", "huber", "l1", "mse", "mixed", "unknown"},
     "mode": {"loss", "loss_grad", "unknown"},
-    "api": {"native", "stream"},
+    "api": {"native", "stream", "oip"},
     "outcome": {
         "ok", "invalid", "overloaded", "too_large", "deadline", "cancelled", "oom", "device", "internal",
         "unauthenticated",
@@ -263,8 +264,8 @@ CLOSED = {
     "closed_by": {"idle", "inline", "max_requests", "max_elements", "max_bytes", "alone", "deadline"},
     "reason": {"queue_full", "bytes_full", "predicted_late", "draining", "warming_up", "too_large", "deadline"},
     "grpc_type": {"unary", "bidi_stream"},
-    "grpc_service": {SERVICE},
-    "grpc_method": {"ComputeLoss", "StreamComputeLoss", "AccumulateLoss", "GetServerInfo"},
+    "grpc_service": {SERVICE, inference.SERVICE},
+    "grpc_method": {"ComputeLoss", "StreamComputeLoss", "AccumulateLoss", "GetServerInfo", *inference.methods()},
     "grpc_code": {code.name for code in grpc.StatusCode},
 }  # fmt: skip
 

@@ -65,7 +65,7 @@ class MseLoss(_message.Message):
     def __init__(self) -> None: ...
 
 class ComputeLossRequest(_message.Message):
-    __slots__ = ("specs", "allow_broadcast", "idempotency_key", "mask", "weight", "target", "input")
+    __slots__ = ("specs", "allow_broadcast", "idempotency_key", "mask", "weight", "target", "input", "outputs")
     SPECS_FIELD_NUMBER: _ClassVar[int]
     ALLOW_BROADCAST_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +73,7 @@ class ComputeLossRequest(_message.Message):
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     specs: _containers.RepeatedCompositeFieldContainer[LossSpec]
     allow_broadcast: bool
     idempotency_key: str
@@ -80,17 +81,20 @@ class ComputeLossRequest(_message.Message):
     weight: _tensor_pb2.Tensor
     target: _tensor_pb2.Tensor
     input: _tensor_pb2.Tensor
-    def __init__(self, specs: _Optional[_Iterable[_Union[LossSpec, _Mapping]]] = ..., allow_broadcast: bool = ..., idempotency_key: _Optional[str] = ..., mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., weight: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., target: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., input: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    outputs: _tensor_pb2.SharedMemory
+    def __init__(self, specs: _Optional[_Iterable[_Union[LossSpec, _Mapping]]] = ..., allow_broadcast: bool = ..., idempotency_key: _Optional[str] = ..., mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., weight: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., target: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., input: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., outputs: _Optional[_Union[_tensor_pb2.SharedMemory, _Mapping]] = ...) -> None: ...
 
 class ComputeLossResponse(_message.Message):
-    __slots__ = ("stats", "results", "idempotency_key")
+    __slots__ = ("stats", "results", "idempotency_key", "padding")
     STATS_FIELD_NUMBER: _ClassVar[int]
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
     stats: ComputeStats
     results: _containers.RepeatedCompositeFieldContainer[LossResult]
     idempotency_key: str
-    def __init__(self, stats: _Optional[_Union[ComputeStats, _Mapping]] = ..., results: _Optional[_Iterable[_Union[LossResult, _Mapping]]] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+    padding: bytes
+    def __init__(self, stats: _Optional[_Union[ComputeStats, _Mapping]] = ..., results: _Optional[_Iterable[_Union[LossResult, _Mapping]]] = ..., idempotency_key: _Optional[str] = ..., padding: _Optional[bytes] = ...) -> None: ...
 
 class LossResult(_message.Message):
     __slots__ = ("scalar", "tensor", "element_count", "weight_sum", "nonfinite_count", "target_gradient", "input_gradient")
@@ -251,20 +255,30 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("server_version", "torch_version", "device", "data_types", "limits", "determinism")
+    __slots__ = ("server_version", "torch_version", "device", "data_types", "limits", "determinism", "shared_memory")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DATA_TYPES_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     DETERMINISM_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     torch_version: str
     device: str
     data_types: _containers.RepeatedScalarFieldContainer[_tensor_pb2.DataType]
     limits: ServerLimits
     determinism: str
-    def __init__(self, server_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., device: _Optional[str] = ..., data_types: _Optional[_Iterable[_Union[_tensor_pb2.DataType, str]]] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., determinism: _Optional[str] = ...) -> None: ...
+    shared_memory: SharedMemoryInfo
+    def __init__(self, server_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., device: _Optional[str] = ..., data_types: _Optional[_Iterable[_Union[_tensor_pb2.DataType, str]]] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., determinism: _Optional[str] = ..., shared_memory: _Optional[_Union[SharedMemoryInfo, _Mapping]] = ...) -> None: ...
+
+class SharedMemoryInfo(_message.Message):
+    __slots__ = ("socket", "max_region_bytes")
+    SOCKET_FIELD_NUMBER: _ClassVar[int]
+    MAX_REGION_BYTES_FIELD_NUMBER: _ClassVar[int]
+    socket: str
+    max_region_bytes: int
+    def __init__(self, socket: _Optional[str] = ..., max_region_bytes: _Optional[int] = ...) -> None: ...
 
 class ServerLimits(_message.Message):
     __slots__ = ("max_message_bytes", "max_queued_requests", "max_queued_bytes", "max_stream_requests")

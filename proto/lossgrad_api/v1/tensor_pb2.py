@@ -24,15 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clossgrad_api/v1/tensor.proto\x12\x0flossgrad_api.v1\"S\n\x06Tensor\x12,\n\tdata_type\x18\x01 \x01(\x0e\x32\x19.lossgrad_api.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x06\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*\xfe\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x01\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x03\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x06\x12\x13\n\x0f\x44\x41TA_TYPE_INT16\x10\x07\x12\x12\n\x0e\x44\x41TA_TYPE_INT8\x10\x08\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\t\x12\x12\n\x0e\x44\x41TA_TYPE_BOOL\x10\nb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clossgrad_api/v1/tensor.proto\x12\x0flossgrad_api.v1\"\x89\x01\n\x06Tensor\x12,\n\tdata_type\x18\x01 \x01(\x0e\x32\x19.lossgrad_api.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x06\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x34\n\rshared_memory\x18\x04 \x01(\x0b\x32\x1d.lossgrad_api.v1.SharedMemory\"B\n\x0cSharedMemory\x12\x0e\n\x06region\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x06\x12\x12\n\nbyte_count\x18\x03 \x01(\x06*\xfe\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x01\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x03\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x06\x12\x13\n\x0f\x44\x41TA_TYPE_INT16\x10\x07\x12\x12\n\x0e\x44\x41TA_TYPE_INT8\x10\x08\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\t\x12\x12\n\x0e\x44\x41TA_TYPE_BOOL\x10\nb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lossgrad_api.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=135
-  _globals['_DATATYPE']._serialized_end=389
-  _globals['_TENSOR']._serialized_start=49
-  _globals['_TENSOR']._serialized_end=132
+  _globals['_DATATYPE']._serialized_start=258
+  _globals['_DATATYPE']._serialized_end=512
+  _globals['_TENSOR']._serialized_start=50
+  _globals['_TENSOR']._serialized_end=187
+  _globals['_SHAREDMEMORY']._serialized_start=189
+  _globals['_SHAREDMEMORY']._serialized_end=255
 # @@protoc_insertion_point(module_scope)

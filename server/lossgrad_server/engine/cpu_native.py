@@ -36,7 +36,7 @@ _NUMERICS: Final = {"error_model": "numpy", "fastmath": False}
 inlined: Final = njit(**_NUMERICS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 # Sources of the CPU engine of which nothing is compiled.
-_NOT_COMPILED: Final = ("cpu_formulas", "cpu_memory", "cpu_pieces", "cpu_program", "cpu_worker")
+_NOT_COMPILED: Final = ("cpu_formulas", "cpu_memory", "cpu_pieces", "cpu_program", "cpu_target", "cpu_worker")
 
 _functions: list[tuple[str, Any, Callable[..., Any]]] = []
 _addresses: dict[str, int] = {}

@@ -25,6 +25,7 @@ from lossgrad_server.jobs import (
     TensorPlan,
     broadcast_shapes,
 )
+from lossgrad_server.transport.shared_tensors import SharedMemoryParts, destinations, is_shared, with_shared_operands
 from lossgrad_server.work import WorkItem
 
 MAX_IDEMPOTENCY_KEY_BYTES: Final = 128
@@ -46,8 +47,10 @@ _WEIGHTS: Final = frozenset(data_type for data_type in DataType if data_type.is_
 class RequestChecker:
     """Turns the bytes of a ComputeLossRequest into a plan and the views of its tensors. Used by one thread."""
 
-    def __init__(self, max_message_bytes: int) -> None:
+    def __init__(self, max_message_bytes: int, memory: SharedMemoryParts | None = None) -> None:
+        """`memory` is what the server shares with its callers, if it shares any."""
         self._max_message_bytes = max_message_bytes
+        self._memory = memory
         self._known: codec.KnownRequests[JobPlan] = codec.KnownRequests()
 
     def check(self, data: bytes, start: int = 0, end: int | None = None) -> tuple[JobPlan, WorkItem, str]:
@@ -69,19 +72,26 @@ class RequestChecker:
                 reason=Reason.BAD_PARAMETER,
                 field="idempotency_key",
             )
+        places: tuple[memoryview, ...] = ()
+        shares = is_shared(request)
         try:
+            if shares:
+                view = with_shared_operands(request, view, self._memory)
             plan = self._plan(request, view)
+            if shares:
+                places = destinations(request, plan, self._memory)
         except RequestError as error:
             error.request_id = view.idempotency_key
             raise
-        if all(tensor.byte_count for tensor in plan.operands):  # otherwise there is no view to find for the empty one
+        # An empty operand has no view to find, and one in shared memory none in the message.
+        if not shares and all(tensor.byte_count for tensor in plan.operands):
             self._known.remember(data, start, end, plan)
         views = [view.input, view.target]
         if plan.weight is not None:
             views.append(view.weight)
         if plan.mask is not None:
             views.append(view.mask)
-        return plan, WorkItem(plan.header, tuple(views)), view.idempotency_key
+        return plan, WorkItem(plan.header, tuple(views), places), view.idempotency_key
 
     def _plan(self, request: pb.ComputeLossRequest, view: codec.RequestView) -> JobPlan:
         specs = _check_specs(request)
@@ -112,14 +122,15 @@ class RequestChecker:
         for index, spec in enumerate(specs):
             _check_spec_fits(index, spec, input, shape)
         plan = JobPlan(specs, input, target, weight, mask)
-        self._check_size(plan)
+        self._check_size(plan, has_place=request.HasField("outputs"))
         return plan
 
-    def _check_size(self, plan: JobPlan) -> None:
-        # A broadcast can ask for far more than was sent: two vectors of a million make 10^12 elements.
+    def _check_size(self, plan: JobPlan, *, has_place: bool) -> None:
+        # A broadcast can ask for far more than was sent: two vectors of a million make 10^12 elements. What is in shared
+        # memory may be larger than a message, and then its result may be as large.
         result_bytes = plan.element_count * plan.result_type.itemsize
-        answer_bytes = plan.output_byte_count + _RESPONSE_OVERHEAD_BYTES * len(plan.specs)
-        if result_bytes > self._max_message_bytes:
+        answer_bytes = _RESPONSE_OVERHEAD_BYTES * len(plan.specs) + (0 if has_place else plan.output_byte_count)
+        if result_bytes > max(self._max_message_bytes, *(tensor.byte_count for tensor in plan.operands)):
             raise TooLarge(
                 f"the tensors broadcast to {list(plan.result_shape)}, {result_bytes} bytes; at most "
                 f"{self._max_message_bytes} are taken; send fewer rows at a time",

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Final
 
 import grpc
@@ -148,20 +147,22 @@ class StalledPeer(Exception):
 class GrpcCall:
     """`Call` over grpcio's context."""
 
+    __slots__ = ("_context", "_metadata", "deadline", "method")
+
     def __init__(self, method: str, context: Context) -> None:
         self.method = method
         self._context = context
+        self._metadata: Mapping[str, str | bytes] | None = None
+        remaining = context.time_remaining()
+        # When the caller stops waiting, on time.monotonic's clock.
+        self.deadline = None if remaining is None else time.monotonic() + remaining
 
-    @cached_property
+    @property
     def metadata(self) -> Mapping[str, str | bytes]:
         """The caller's metadata."""
-        return dict(self._context.invocation_metadata() or ())
-
-    @cached_property
-    def deadline(self) -> float | None:
-        """When the caller stops waiting, on time.monotonic's clock."""
-        remaining = self._context.time_remaining()
-        return None if remaining is None else time.monotonic() + remaining
+        if self._metadata is None:
+            self._metadata = dict(self._context.invocation_metadata() or ())
+        return self._metadata
 
     @property
     def peer(self) -> str:

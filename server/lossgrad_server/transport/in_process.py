@@ -144,6 +144,7 @@ class InProcessStream:
         self._received: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=4)
         self._responses: queue.SimpleQueue[bytes | InProcessError | None] = queue.SimpleQueue()
         self._unread = asyncio.Semaphore(4)  # responses that may wait unread; beyond, the handler waits
+        self._puts: set[asyncio.Task[None]] = set()
         self._task = asyncio.run_coroutine_threadsafe(self._serve(method), loop)
         # grpc.Channel too consumes the requests in a thread of its own.
         self._feeder = threading.Thread(target=self._feed, args=(messages,), daemon=True)
@@ -194,6 +195,9 @@ class InProcessStream:
             self._responses.put(_as_rpc_error(exception))
         else:
             self._responses.put(None)
+        finally:
+            for put in self._puts:  # of messages that nobody will take
+                put.cancel()
 
     def _feed(self, messages: Iterable[bytes]) -> None:
         try:
@@ -208,16 +212,25 @@ class InProcessStream:
 
     def _put(self, message: bytes | None) -> bool:
         """Hand a message to the loop; False once the stream has ended."""
+        taken: concurrent.futures.Future[None] = concurrent.futures.Future()
         try:
-            put = asyncio.run_coroutine_threadsafe(self._received.put(message), self._loop)
+            # Not run_coroutine_threadsafe: a loop that ends first would leave a coroutine that never ran, and a warning.
+            self._loop.call_soon_threadsafe(self._begin_put, message, taken)
         except RuntimeError:
             return False
-        while True:
-            done, _ = concurrent.futures.wait((put, self._task), return_when=concurrent.futures.FIRST_COMPLETED)
-            if put in done:
-                return True
-            put.cancel()
-            return False
+        done, _ = concurrent.futures.wait((taken, self._task), return_when=concurrent.futures.FIRST_COMPLETED)
+        return taken in done
+
+    def _begin_put(self, message: bytes | None, taken: concurrent.futures.Future[None]) -> None:
+        async def put() -> None:
+            await self._received.put(message)
+            taken.set_result(None)
+
+        task = self._loop.create_task(put())
+        self._puts.add(task)
+        task.add_done_callback(self._puts.discard)
+        if self._task.done():
+            task.cancel()
 
 
 async def _answer(handler: UnaryHandler, request: bytes, call: InProcessCall) -> bytes:

@@ -10,16 +10,26 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, cast
 
 from lossgrad_api.codec import Buffer
+from lossgrad_api.raw_bytes import join_without_gil
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.job import BatchFacts, Computed, Job, Outcome
 from lossgrad_server.errors import InternalError, Reason, RequestError, Unavailable
 from lossgrad_server.jobs import JobPlan
 from lossgrad_server.metrics import Metrics
-from lossgrad_server.transport.answers import has_nonfinite, response_parts, stats_bytes
+from lossgrad_server.transport.answer_memory import AnswerMemory
+from lossgrad_server.transport.answers import (
+    answer_memory,
+    has_nonfinite,
+    response_head,
+    response_parts,
+    stats_bytes,
+)
 from lossgrad_server.transport.checks import RequestChecker
+from lossgrad_server.transport.shared_tensors import SharedMemoryParts, copy, misplaced
 from lossgrad_server.transport.transfers import Unsent
 from lossgrad_server.work import WorkItem
 
@@ -28,7 +38,12 @@ logger = logging.getLogger(__name__)
 # Joining more than this takes longer than handing it to a thread, and would hold up every other call meanwhile.
 JOIN_IN_THREAD_BYTES: Final = 256 * 1024
 
+# Answers from this size on are computed in the bytes that are sent, if they hold one tensor. Below it joining costs less.
+IN_PLACE_BYTES: Final = 64 * 1024
+
 Answer = Sequence[Buffer] | RequestError
+# How many bytes are to be copied, and what copies them, in any thread; it may raise RequestError.
+Placing = tuple[int, Callable[[], None]]
 
 
 class PendingRequest(Job):
@@ -66,11 +81,27 @@ class PendingRequest(Job):
         """Return the parts of the response message. Raises RequestError."""
         raise NotImplementedError
 
+    def _placing(self, computed: Computed) -> Placing | None:
+        """Return what copies outputs to where they are wanted, before there is an answer; None where nothing does."""
+        return None
+
     def _failed(self) -> None:
         """Take note that the answer is an error."""
 
     def done(self, outcome: Outcome) -> None:
-        """Answer the request. Called once."""
+        """Answer the request, once its outputs are where they are wanted. Called once."""
+        placing = None if isinstance(outcome, RequestError) else self._placing(outcome)
+        if isinstance(outcome, RequestError) or placing is None:
+            self._finish(outcome)
+            return
+        byte_count, place = placing
+        if byte_count <= JOIN_IN_THREAD_BYTES:
+            self._finish(_placed(place, outcome))
+            return
+        copying = asyncio.get_running_loop().run_in_executor(None, _placed, place, outcome)
+        copying.add_done_callback(lambda done: self._finish(done.result()))
+
+    def _finish(self, outcome: Outcome) -> None:
         answer: Answer
         if not isinstance(outcome, RequestError):
             try:
@@ -92,7 +123,7 @@ class PendingRequest(Job):
 class PendingComputeLoss(PendingRequest):
     """A ComputeLossRequest, answered with the parts of a ComputeLossResponse."""
 
-    __slots__ = ("idempotency_key", "tag")
+    __slots__ = ("_is_placed", "_memory", "idempotency_key", "tag")
 
     def __init__(
         self,
@@ -110,21 +141,57 @@ class PendingComputeLoss(PendingRequest):
         """Check `data[start:end]`. Raises RequestError. `tag` is for whoever takes the answer."""
         plan, item, self.idempotency_key = pipeline.checker.check(data, start, end)
         self.tag = tag
+        # Where the caller wants the tensors, in memory that it shares with the server; otherwise they are in the answer.
+        self._is_placed = bool(item.destinations)
+        self._memory: AnswerMemory | None = None
+        if plan.output_byte_count >= IN_PLACE_BYTES and not self._is_placed:
+            self._memory = answer_memory(item.header)
+            if self._memory is not None:
+                item = WorkItem(item.header, item.operands, (self._memory.data,))
         super().__init__(pipeline, plan, item, started_ns=started_ns, api=api, deadline=deadline, on_answer=on_answer)
 
+    def _placing(self, computed: Computed) -> Placing | None:
+        if not self._is_placed:
+            return None
+        copies = misplaced(self.item, computed.result)
+        return sum(len(output) for output, _ in copies), partial(copy, copies)
+
     def _encode(self, computed: Computed) -> Sequence[Buffer]:
-        return response_parts(self.item.header, computed, self._pipeline.stats_of(computed), self.idempotency_key)
+        header, stats, key = self.item.header, self._pipeline.stats_of(computed), self.idempotency_key
+        if self._memory is not None and computed.result.outputs[0] is self._memory.data:
+            message = self._memory.finish(response_head(header, computed, stats, key))
+            if message is not None:
+                return [message]
+        return response_parts(header, computed, stats, key, is_placed=self._is_placed)
+
+
+def _placed(place: Callable[[], None], computed: Computed) -> Outcome:
+    """Copy outputs to where they are wanted; return what became of the job."""
+    try:
+        place()
+    except RequestError as error:
+        return error
+    except Exception:
+        logger.exception("Copying outputs failed")
+        return InternalError()
+    return computed
 
 
 class RequestPipeline:
     """Takes requests' bytes, and sees to it that each is answered exactly once."""
 
     def __init__(
-        self, batcher: Batcher, metrics: Metrics, max_message_bytes: int, unsent: Unsent | None = None
+        self,
+        batcher: Batcher,
+        metrics: Metrics,
+        max_message_bytes: int,
+        memory: SharedMemoryParts | None = None,
+        unsent: Unsent | None = None,
     ) -> None:
+        """`memory` is what the server shares with its callers, if it shares any; `unsent` counts what they do not read."""
         self.batcher = batcher
         self.metrics = metrics
-        self.checker = RequestChecker(max_message_bytes)
+        self.checker = RequestChecker(max_message_bytes, memory)
         self.unsent = unsent or Unsent(max_message_bytes)
         self.is_warm = False  # set once the worker is; requests before that are told to come back
         self.on_done = self._done  # the same object for every request: so the batcher hands them back together
@@ -269,4 +336,4 @@ async def joined(parts: Sequence[Buffer], api: str, metrics: Metrics) -> bytes:
     metrics.response_bytes.labels(api).observe(size)
     if size <= JOIN_IN_THREAD_BYTES:
         return b"".join(parts)
-    return await asyncio.get_running_loop().run_in_executor(None, b"".join, parts)
+    return await asyncio.get_running_loop().run_in_executor(None, join_without_gil, parts)

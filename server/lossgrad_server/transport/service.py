@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,9 +36,16 @@ class ServiceDescription:
 class LossService:
     """Computes losses for callers, through one pipeline."""
 
-    def __init__(self, pipeline: RequestPipeline, description: ServiceDescription) -> None:
+    def __init__(
+        self,
+        pipeline: RequestPipeline,
+        description: ServiceDescription,
+        offer_memory: Callable[[str], tuple[str, int] | None] = lambda _: None,
+    ) -> None:
+        """`offer_memory` returns, for a caller's address, where it gets memory to share and how much; None for nobody."""
         self._pipeline = pipeline
         self._description = description
+        self._offer_memory = offer_memory
         self._info = _info(description).SerializeToString()
 
     def methods(self) -> list[Method]:
@@ -94,7 +101,12 @@ class LossService:
 
     async def get_server_info(self, request: bytes, call: Call) -> bytes:
         """Answer a GetServerInfoRequest with a GetServerInfoResponse."""
-        return self._info
+        offer = self._offer_memory(call.peer)
+        if offer is None:
+            return self._info
+        socket, max_region_bytes = offer
+        memory = pb.SharedMemoryInfo(socket=socket, max_region_bytes=max_region_bytes)
+        return self._info + pb.GetServerInfoResponse(shared_memory=memory).SerializeToString()  # messages concatenate
 
 
 def _info(description: ServiceDescription) -> pb.GetServerInfoResponse:

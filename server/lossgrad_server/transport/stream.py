@@ -16,6 +16,7 @@ from typing import Final
 from google.rpc import status_pb2
 
 from lossgrad_api import codec
+from lossgrad_api.raw_bytes import join_without_gil
 from lossgrad_server.batching.job import ANYONE, Origin
 from lossgrad_server.errors import InvalidRequest, Reason, RequestError
 from lossgrad_server.transport.call import Call, Send
@@ -166,8 +167,8 @@ class StreamSession:
         if size <= JOIN_IN_THREAD_BYTES:
             message = codec.encode_stream_response(entries)
         else:
-            loop = asyncio.get_running_loop()
-            message = await loop.run_in_executor(None, codec.encode_stream_response, entries)
+            parts = codec.stream_response_parts(entries)
+            message = await asyncio.get_running_loop().run_in_executor(None, join_without_gil, parts)
         self._pipeline.metrics.response_bytes.labels(API).observe(len(message))
         try:
             await self._send(message)

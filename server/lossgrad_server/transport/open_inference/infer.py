@@ -29,7 +29,13 @@ from lossgrad_server.transport.open_inference.regions import RegionView, SharedM
 from lossgrad_server.transport.open_inference.statistics import Statistics
 from lossgrad_server.transport.open_inference.typed_contents import elements_of
 from lossgrad_server.transport.origin import CallOrigin
-from lossgrad_server.transport.pipeline import Answer, PendingRequest, RequestPipeline
+from lossgrad_server.transport.pipeline import (
+    JOIN_IN_THREAD_BYTES,
+    Answer,
+    PendingRequest,
+    Placing,
+    RequestPipeline,
+)
 from lossgrad_server.work import SPEC_RESULT, WorkItem
 
 # Counting a mask's rows takes longer than handing it to a thread beyond this, and would hold up every other call.
@@ -81,13 +87,15 @@ class InferRequests:
             request = view.parse()
         except CodecError as error:
             raise malformed(error) from None
-        model = find_model(request.model_name, request.model_version)
+        model = None
         try:
+            model = find_model(request.model_name, request.model_version)
             plan = make_plan(model, request, len(view.raw), view.typed, self._max_message_bytes)
             operands = self._operands(plan, view, request)
         except RequestError as error:
             error.request_id = request.id
-            self.statistics.of(model).failed(time.perf_counter_ns() - started_ns)
+            if model is not None:
+                self.statistics.of(model).failed(time.perf_counter_ns() - started_ns)
             raise
         return plan, request.id.encode(), operands
 
@@ -141,7 +149,13 @@ class Views:
         self.inputs = inputs
         self.outputs = outputs
 
-    def operands(self, plan: InferPlan, in_message: Sequence[Buffer]) -> tuple[Buffer, ...]:
+    def read(self) -> None:
+        """Read the inputs. In any thread; raises RequestError."""
+        for view in self.inputs:
+            if view is not None:
+                view.memory  # noqa: B018 - it is read when it is first asked for
+
+    def operands(self, in_message: Sequence[Buffer]) -> tuple[Buffer, ...]:
         """Return the bytes of all operands: those in shared memory, and the others from `in_message`, in their order."""
         others = iter(in_message)
         return tuple(next(others) if view is None else view.memory for view in self.inputs)
@@ -152,7 +166,7 @@ class Views:
         taken: list[RegionPlace] = []
         inputs = [one.place for one in plan.inputs if one.place is not None]
         for one, view in zip(plan.outputs, self.outputs, strict=True):
-            if view is None or one.place is None or one.job_output is None:
+            if view is None or not view.is_direct or one.place is None or one.job_output is None:
                 continue
             place = RegionPlace(one.place.region, one.place.offset, one.tensor.byte_count)
             if any(place.overlaps(other) and place != other for other in inputs) or any(map(place.overlaps, taken)):
@@ -185,7 +199,7 @@ class Views:
 class PendingInfer(PendingRequest):
     """A ModelInferRequest, answered with the parts of a ModelInferResponse."""
 
-    __slots__ = ("_row_counts", "_statistics", "_views", "infer_plan", "request_id")
+    __slots__ = ("_in_message", "_row_counts", "_statistics", "_views", "infer_plan", "request_id")
 
     def __init__(
         self,
@@ -205,11 +219,9 @@ class PendingInfer(PendingRequest):
         self._statistics = requests.statistics.of(plan.model)
         self._views = views
         self._row_counts: bytes = b""
+        self._in_message = operands
         job = plan.job
-        if views is None:
-            item = WorkItem(job.header, operands)
-        else:
-            item = WorkItem(job.header, views.operands(plan, operands), views.destinations(plan))
+        item = WorkItem(job.header, operands)  # `prepare` puts in what is in shared memory
         deadline = call.deadline
         if plan.timeout_seconds is not None:
             own = time.monotonic() + plan.timeout_seconds
@@ -218,10 +230,18 @@ class PendingInfer(PendingRequest):
             requests.pipeline, job, item, started_ns=started_ns, api=api, deadline=deadline, on_answer=on_answer
         )
 
-    async def prepare(self) -> None:
-        """Do what must be done before the request is queued. Nothing is pending where this is cancelled."""
+    async def prepare(self) -> bool:
+        """Do what must be done before the request is queued; return whether it is to be. Otherwise, and where this is
+        cancelled, it is answered.
+        """
+        if self._views is not None:
+            try:
+                await self._read(self._views)
+            except RequestError as error:
+                self.done(error)
+                return False
         if not self.infer_plan.counts_rows:
-            return
+            return True
         mask = self.item.operands[-1]
         try:
             if len(mask) <= _COUNT_IN_THREAD_BYTES:
@@ -232,36 +252,63 @@ class PendingInfer(PendingRequest):
         except asyncio.CancelledError:
             self.done(Cancelled("the caller cancelled this request before it was queued"))
             raise
+        return True
 
-    def done(self, outcome: Outcome) -> None:
-        """Answer the request, and let go of the memory that it was to be computed from or into."""
-        super().done(outcome)
+    async def _read(self, views: Views) -> None:
+        """Put the operands that are in shared memory into the job: reading may mean copying. Raises RequestError."""
+        byte_count = sum(one.tensor.byte_count for one in self.infer_plan.inputs if one.place is not None)
+        try:
+            if byte_count <= JOIN_IN_THREAD_BYTES:
+                views.read()
+            else:
+                await asyncio.get_running_loop().run_in_executor(None, views.read)
+        except asyncio.CancelledError:
+            self.done(Cancelled("the caller cancelled this request before it was queued"))
+            raise
+        operands = views.operands(self._in_message)
+        self.item = WorkItem(self.plan.header, operands, views.destinations(self.infer_plan))
+
+    def _placing(self, computed: Computed) -> Placing | None:
+        if self._views is None or not any(self._views.outputs):
+            return None
+        writes = [
+            (view, data)
+            for view, data in zip(self._views.outputs, self._outputs(computed), strict=True)
+            if view is not None and not (view.is_direct and data is view.memory)
+        ]
+
+        def place() -> None:
+            for view, data in writes:
+                view.write(data)
+
+        return sum(len(data) for _, data in writes), place
+
+    def _finish(self, outcome: Outcome) -> None:
+        super()._finish(outcome)
         if self._views is not None:
             self._views.release_quietly()  # of a request that failed: otherwise `_encode` has done it
 
     def _failed(self) -> None:
         self._statistics.failed(time.perf_counter_ns() - self._started_ns)
 
-    def _encode(self, computed: Computed) -> Sequence[Buffer]:
+    def _outputs(self, computed: Computed) -> list[Buffer]:
+        """Return the bytes of each output."""
         tensors = computed.result.outputs
         scalar, element_count, _, _ = SPEC_RESULT.unpack_from(computed.result.scalars)
-        raw: list[Buffer] = []
-        for index, output in enumerate(self.infer_plan.outputs):
-            data: Buffer
+        outputs: list[Buffer] = []
+        for output in self.infer_plan.outputs:
             if output.job_output is not None:
-                data = tensors[output.job_output]
+                outputs.append(tensors[output.job_output])
             elif output.name == LOSS:
-                data = pack_number(scalar, output.tensor.data_type)
+                outputs.append(pack_number(scalar, output.tensor.data_type))
             else:
-                data = self._counts(element_count)
-            view = self._views.outputs[index] if self._views is not None else None
-            if view is None:
-                raw.append(data)
-                continue
-            if data is not view.memory:
-                view.write(data)
-            raw.append(b"")
+                outputs.append(self._counts(element_count))
+        return outputs
+
+    def _encode(self, computed: Computed) -> Sequence[Buffer]:
+        raw = self._outputs(computed)
         if self._views is not None:
+            raw = [data if view is None else b"" for data, view in zip(raw, self._views.outputs, strict=True)]
             self._views.release()
         parts = self.infer_plan.form.parts(self.request_id, raw)
         self._statistics.computed(self.infer_plan.row_count, computed, time.perf_counter_ns() - self._started_ns)

@@ -1,11 +1,12 @@
 """Shared memory as the Open Inference service sees it: an interface, and the regions of a server that shares no memory.
 
-The service calls all of this in the event loop's thread, except that nothing forbids an implementation more. Whoever
+The service calls all of this in the event loop's thread, except what copies: `memory` and `write` of a view. Whoever
 implements it owns the rules (who may register what, names, sizes, offsets) and raises RequestError where they are broken:
 NOT_FOUND with Reason.UNKNOWN_REGION, ALREADY_EXISTS with REGION_EXISTS, INVALID_ARGUMENT with BAD_REGION.
 
 What a request does with it, in this order: `owner` once; `view` for each tensor that is placed in a region, before it is
-queued; for each output either the worker writes straight into `memory` (WorkItem.destinations) or `write` copies it in;
+queued; `memory` of the inputs' views; for each output either the worker writes straight into `memory`, where that is
+`is_direct` (WorkItem.destinations), or `write` copies it in;
 `release` for every view, exactly once, whatever became of the request.
 """
 
@@ -43,11 +44,18 @@ class RegionView(Protocol):
     """A part of a region while one request uses it. The memory stays mapped until `release`, also when unregistered."""
 
     @property
+    def is_direct(self) -> bool:
+        """Whether `memory` is the shared memory itself, which results may be computed into, and not a copy of it."""
+
+    @property
     def memory(self) -> memoryview:
-        """The bytes, one-dimensional and of format "B"; read-only unless the view was asked for as writable."""
+        """The bytes, one-dimensional and of format "B"; read-only unless the view was asked for as writable.
+
+        They may have to be copied when they are first asked for, which may be done in any thread. Raises RequestError.
+        """
 
     def write(self, data: Buffer) -> None:
-        """Copy `data` in, from the view's start; it is at most as long. Raises RequestError if the memory is gone."""
+        """Copy `data` in, from the view's start; it is at most as long. In any thread. Raises RequestError."""
 
     def release(self) -> None:
         """End the use. Raises RequestError where the memory went away meanwhile, so that a result is worth nothing."""
@@ -55,6 +63,10 @@ class RegionView(Protocol):
 
 class SharedMemoryRegions(Protocol):
     """The regions that callers have registered. System and CUDA regions of one owner share one space of names."""
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """Which kinds can be registered: "system", "cuda"."""
 
     def owner(self, call: Call) -> str:
         """Return who a call's regions belong to. Raises RequestError where this caller may not share memory."""
@@ -86,6 +98,8 @@ class SharedMemoryRegions(Protocol):
 
 class NoRegions:
     """The regions of a server that shares no memory: there are none, and none can be registered."""
+
+    kinds: Sequence[str] = ()
 
     def owner(self, call: Call) -> str:
         """Nobody owns anything."""

@@ -57,7 +57,6 @@ class OpenInferenceService:
         self._description = description
         self._is_ready = is_ready
         self._regions = regions or NoRegions()
-        self._shares_memory = regions is not None
         self._statistics = Statistics()
         self._requests = InferRequests(pipeline, self._regions, self._statistics, description.max_message_bytes)
 
@@ -104,8 +103,8 @@ class OpenInferenceService:
                 answered.set_result(answer)
 
         request = self._requests.open(data, call, api=API, on_answer=on_answer)
-        await request.prepare()
-        self._pipeline.submit([request])
+        if await request.prepare():
+            self._pipeline.submit([request])
         try:
             answer = await answered
         except asyncio.CancelledError:
@@ -140,8 +139,7 @@ class OpenInferenceService:
 
     def _server_metadata(self, request: Any, call: Call) -> Any:
         extensions = ["model_configuration", "binary_tensor_data", "parameters", "statistics"]
-        if self._shares_memory:
-            extensions += ["system_shared_memory", "cuda_shared_memory"]
+        extensions += [f"{kind}_shared_memory" for kind in self._regions.kinds]
         return messages().ServerMetadataResponse(
             name=NAME, version=self._description.server_version, extensions=extensions
         )

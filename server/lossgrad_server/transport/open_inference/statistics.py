@@ -16,6 +16,9 @@ from lossgrad_server.transport.open_inference.models import MODELS, VERSION, Mod
 # Sizes of batches that are told apart. Nothing else bounds how many there are; one more is counted under a power of two.
 _MAX_BATCH_SIZES: Final = 1024
 
+# Batches of which requests may still be to be answered. Far more than are ever under way.
+_NEWEST_BATCHES: Final = 64
+
 
 class Duration:
     """How often something happened, and how long it took in all."""
@@ -46,11 +49,36 @@ class BatchDurations:
         self.infer = Duration()
         self.output = Duration()
 
+    def copy(self) -> BatchDurations:
+        """Return another one with the same counts."""
+        other = BatchDurations()
+        for name in self.__slots__:
+            mine, its = getattr(self, name), getattr(other, name)
+            its.count, its.ns = mine.count, mine.ns
+        return other
+
     def add(self, input_ns: int, infer_ns: int, output_ns: int) -> None:
         """Count one execution, or one request of it."""
         self.input.add(input_ns)
         self.infer.add(infer_ns)
         self.output.add(output_ns)
+
+
+class _Batch:
+    """What a model has had of one batch."""
+
+    __slots__ = ("durations", "rows")
+
+    def __init__(self, durations: tuple[int, int, int]) -> None:
+        self.durations = durations
+        self.rows = 0
+
+
+def _add(batches: dict[int, BatchDurations], batch: _Batch) -> None:
+    size = batch.rows
+    if size not in batches and len(batches) >= _MAX_BATCH_SIZES:
+        size = 1 << max(size.bit_length() - 1, 0)
+    batches.setdefault(size, BatchDurations()).add(*batch.durations)
 
 
 class ModelStatistics:
@@ -66,10 +94,8 @@ class ModelStatistics:
         self._queue = Duration()
         self._requests = BatchDurations()
         self._batches: dict[int, BatchDurations] = {}
-        # The batch whose requests are being handed back: its durations, and what of it this model has had.
-        self._batch_number = 0
-        self._batch_ns = (0, 0, 0)
-        self._batch_rows = 0
+        # The newest batches, by their numbers: not all requests of one are answered at once.
+        self._newest: dict[int, _Batch] = {}
 
     def computed(self, rows: int, computed: Computed, elapsed_ns: int) -> None:
         """Count a request of `rows` rows that is answered `elapsed_ns` after it came."""
@@ -80,30 +106,24 @@ class ModelStatistics:
         batch = computed.batch
         durations = (batch.pack_ns, batch.compute_ns, batch.unpack_ns)
         self._requests.add(*durations)
-        if self._batch_number != batch.number:
-            self._end_batch()
-            self._batch_number = batch.number
-            self._batch_ns = durations
+        newest = self._newest.get(batch.number)
+        if newest is None:
+            newest = self._newest[batch.number] = _Batch(durations)
             self._execution_count += 1
-        self._batch_rows += rows
+            if len(self._newest) > _NEWEST_BATCHES:
+                oldest = self._newest.pop(next(iter(self._newest)))
+                _add(self._batches, oldest)
+        newest.rows += rows
 
     def failed(self, elapsed_ns: int) -> None:
         """Count a request that is answered with an error."""
         self._fail.add(elapsed_ns)
 
-    def _end_batch(self) -> None:
-        if not self._batch_number:
-            return
-        size = self._batch_rows
-        if size not in self._batches and len(self._batches) >= _MAX_BATCH_SIZES:
-            size = 1 << max(size.bit_length() - 1, 0)
-        self._batches.setdefault(size, BatchDurations()).add(*self._batch_ns)
-        self._batch_number = 0
-        self._batch_rows = 0
-
     def message(self) -> dict[str, Any]:
         """Return it as a ModelStatistics."""
-        self._end_batch()  # the requests of a batch are handed back without a pause, so all of them have been
+        batches = {size: one.copy() for size, one in self._batches.items()}
+        for newest in self._newest.values():
+            _add(batches, newest)
         return {
             "name": self._model.name,
             "version": VERSION,
@@ -127,7 +147,7 @@ class ModelStatistics:
                     "compute_infer": batch.infer.message(),
                     "compute_output": batch.output.message(),
                 }
-                for size, batch in sorted(self._batches.items())
+                for size, batch in sorted(batches.items())
             ],
         }
 

@@ -82,8 +82,8 @@ class InferStream:
         turn.request = request
         turn.byte_count = request.byte_count
         self._inside_bytes += turn.byte_count
-        await request.prepare()
-        self._requests.pipeline.submit([request])
+        if await request.prepare():
+            self._requests.pipeline.submit([request])
 
     def _answer(self, turn: _Turn, model: str, request_id: str, request: PendingInfer | None, answer: Answer) -> None:
         if isinstance(answer, RequestError):

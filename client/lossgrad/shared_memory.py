@@ -1,0 +1,365 @@
+"""Requests whose tensors stay where caller and server both see them: what `LossClient(shared_memory=True)` does.
+
+The caller sees none of it. Operands are copied once, into a region that the server computes in, or not at all where they
+lie in one already; gradients come back in a region, and the arrays of the result lie there. Where memory cannot be shared
+the tensors travel in the message, and one line in the log says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import grpc
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from lossgrad.calls import Answer, Request
+from lossgrad.errors import LossgradError
+from lossgrad.losses import Loss
+from lossgrad.segments import SegmentPool, Use
+from lossgrad.tensors import FLOATS, ITEMSIZES, Family, promote, read_mask, read_pair, read_weight
+from lossgrad_api.codec import Buffer, ResponseView, ResultView, WireTensor, encode_compute_request
+from lossgrad_api.shared_codec import OUTPUT_ALIGNMENT, SharedTensor, encode_shared_request
+from lossgrad_api.v1 import loss_service_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+# Below this, tensors travel faster than they are put into shared memory; measured by bench.shared_memory.
+SHARED_BYTES: Final = 256 * 1024
+# Operands below this stay in the message beside larger ones that do not.
+_INLINE_BYTES: Final = 4096
+# So many segments may be in use at a time before results are copied out of theirs.
+_MAX_IN_USE: Final = 64
+# After finding out that memory cannot be shared, it is not tried again for this long.
+_AGAIN_SECONDS: Final = 60.0
+_MAX_FAILURES: Final = 3
+_PART_ALIGNMENT: Final = 8  # of a part, as the server takes it
+
+_NAMES: Final = ("input", "target", "weight", "mask")
+_Named = dict[str, Any]
+_GONE: Final = frozenset(("UNKNOWN_REGION", "SHARED_MEMORY_OFF"))
+
+
+@dataclass(slots=True, eq=False)
+class SharedRequest(Request):
+    """A request whose tensors are in shared memory. Its answer's tensors come in `outputs`, if that is set."""
+
+    memory: SharedMemory
+    encode: Callable[..., list[Buffer]]  # encode_compute_request, but for the tensors
+    tensors: tuple[WireTensor | None, ...]  # input, target, weight, mask: where they lie now
+    operands: Use | None
+    outputs: Use | None
+    copies_results: bool
+
+    def read_view(self, view: ResponseView, round_trip_seconds: float) -> Answer:
+        """Return what an answer says, in the caller's kind of arrays, which lie in shared memory."""
+        self.settle()
+        if self.outputs is not None:
+            view = ResponseView(view.stats, _placed(view.results, self.outputs), view.idempotency_key)
+            if not self.copies_results:
+                self.input_family = _Adopting(self.input_family)
+                self.target_family = _Adopting(self.target_family)
+        # Not super(): a dataclass with slots is another class than the one that was written.
+        return Request.read_view(self, view, round_trip_seconds)
+
+    def instead(self, error: LossgradError) -> Request | None:
+        """Return the request whose tensors travel, where this one failed because memory is not shared any more."""
+        if not self.memory.must_travel(self, error):
+            return None
+        input, target, weight, mask = self.tensors
+        parts = self.encode(input, target, weight=weight, mask=mask)
+        byte_count = sum(map(len, parts))
+        return Request(
+            parts, byte_count, self.losses, self.is_single, self.input_family, self.target_family, self.result_type
+        )
+
+    def settle(self) -> None:
+        """Take note that the server is done with this request."""
+        for use in (self.operands, self.outputs):
+            if use is not None:
+                use.settle()
+
+
+class _Adopting:
+    """A family whose tensors lie where the answer's do."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self.scalar = family.scalar
+
+    def tensor(self, wire: WireTensor) -> Any:
+        """Return a tensor of an answer, in the memory that it came in."""
+        return self._family.adopt(wire)
+
+    adopt = tensor
+
+
+class SharedMemory:
+    """What one client knows of sharing memory with its server, and the regions that it has."""
+
+    def __init__(self, ask: Callable[[], bytes] | None = None) -> None:
+        """`ask` fetches a GetServerInfoResponse; without it, whoever has this asks while `must_ask` says so."""
+        self._ask = ask
+        self._asking = threading.Lock()  # one call at a time asks; others go on without
+        self._pool: SegmentPool | None = None
+        self._again_at = 0.0
+        self._failures: list[float] = []  # when
+        self._has_told = False
+
+    @property
+    def must_ask(self) -> bool:
+        """Whether the server is to be asked if it shares memory: `offered` takes its answer."""
+        return self._pool is None and time.monotonic() >= self._again_at
+
+    def offered(self, info: bytes) -> None:
+        """Take a GetServerInfoResponse, and begin to share memory if it offers any."""
+        try:
+            offer = pb.GetServerInfoResponse.FromString(info).shared_memory
+        except DecodeError:
+            offer = pb.SharedMemoryInfo()
+        if not offer.socket:
+            self.unavailable("the server shares none with this client; it takes --allow-shared-memory, and one machine")
+            return
+        try:
+            self._pool = SegmentPool(offer.socket, offer.max_region_bytes)
+        except OSError as error:
+            self.unavailable(f"the server's socket for it cannot be reached: {error.strerror or error}")
+
+    def unavailable(self, reason: str) -> None:
+        """Do without for a while."""
+        self._pool = None
+        self._again_at = time.monotonic() + _AGAIN_SECONDS
+        self._tell(reason)
+
+    def _tell(self, reason: str) -> None:
+        if not self._has_told:
+            self._has_told = True
+            logger.warning("Memory is not shared, tensors travel in messages: %s", reason)
+
+    def compute(
+        self, send: Callable[[SharedRequest], Answer], input: Any, target: Any, losses: tuple[Loss, ...], **options: Any
+    ) -> Answer | None:
+        """Send a request whose tensors are in shared memory; None where they had better travel. Raises LossgradError."""
+        self.find_out()
+        request = self.prepare(input, target, losses, **options)
+        if request is None:
+            return None
+        try:
+            return send(request)
+        except LossgradError as error:
+            if self.must_travel(request, error):
+                return None
+            raise
+
+    def find_out(self) -> None:
+        """Ask the server, if it is to be asked."""
+        if self._ask is not None and self.must_ask and self._asking.acquire(blocking=False):
+            try:
+                # Where the server cannot be asked, the call itself will say so better.
+                with suppress(LossgradError):
+                    self.offered(self._ask())
+            finally:
+                self._asking.release()
+
+    def prepare(
+        self,
+        input: Any,
+        target: Any,
+        losses: tuple[Loss, ...],
+        *,
+        is_single: bool,
+        weight: Any = None,
+        mask: Any = None,
+        allow_broadcast: bool = False,
+        idempotency_key: str = "",
+        copies: bool = False,
+    ) -> SharedRequest | None:
+        """Return the request for these tensors; None where they had better travel. Raises InvalidRequest.
+
+        With `copies` the caller may use the arrays for something else when this returns, those in shared memory too.
+        """
+        pool = self._pool
+        if pool is None or _byte_count(input) + _byte_count(target) < SHARED_BYTES:
+            return None
+        first, second = read_pair(input, target)
+        wires = (
+            first.wire,
+            second.wire,
+            None if weight is None else read_weight(weight),
+            None if mask is None else read_mask(mask),
+        )
+        result_type = promote(first.wire.data_type, second.wire.data_type)
+        try:
+            output_bytes = _most_output_bytes(first.wire, second.wire, result_type, losses)
+        except ValueError:  # they do not broadcast, which the server says better
+            return None
+        try:
+            placed = _place(pool, wires, copies=copies)
+            outputs = pool.take(output_bytes) if output_bytes >= _INLINE_BYTES else None
+        except OSError as error:
+            self._failed(f"the server's socket for it failed: {error.strerror or error}")
+            return None
+        if placed is None or (outputs is None and output_bytes >= _INLINE_BYTES):
+            self._tell("the server has no room for more")
+            return None
+        operands, tensors, named = placed
+        specs = [loss.serialized for loss in losses]
+        parts = encode_shared_request(
+            specs,
+            **named,
+            outputs=None if outputs is None else outputs.segment.part(0, outputs.segment.byte_count),
+            allow_broadcast=allow_broadcast,
+            idempotency_key=idempotency_key,
+        )
+        return SharedRequest(
+            parts,
+            # Not the few bytes of the message: what is held until it is answered.
+            sum(len(wire.data) for wire in wires if wire is not None) + output_bytes,
+            losses,
+            is_single,
+            first.family,
+            second.family,
+            result_type,
+            memory=self,
+            encode=partial(
+                encode_compute_request, specs, allow_broadcast=allow_broadcast, idempotency_key=idempotency_key
+            ),
+            tensors=tensors,
+            operands=operands,
+            outputs=outputs,
+            copies_results=pool.in_use > _MAX_IN_USE,
+        )
+
+    def must_travel(self, request: SharedRequest, error: LossgradError) -> bool:
+        """Take note of a request that failed; return whether to send its tensors in a message instead."""
+        # With a reason the server has answered, and is done with the request; without one, who knows.
+        if error.reason and error.code not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+            request.settle()
+        if error.reason not in _GONE:
+            return False
+        self._failed(error.message)
+        return True
+
+    def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+        """Return an array in shared memory, or an ordinary one where there is none."""
+        self.find_out()
+        kind = np.dtype(dtype)
+        extents = (shape,) if isinstance(shape, int) else tuple(shape)
+        byte_count = kind.itemsize * math.prod(extents)
+        use = None
+        if self._pool is not None and byte_count >= _INLINE_BYTES and not kind.hasobject:
+            try:
+                use = self._pool.take(byte_count)
+            except OSError as error:
+                self._failed(str(error))
+        if use is None:
+            return np.empty(extents, kind)
+        use.settle()
+        array: np.ndarray[Any, Any] = use.bytes(0, byte_count).view(kind).reshape(extents)
+        return array
+
+    def close(self) -> None:
+        """Let go of all that nothing lies in."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
+
+    def _failed(self, reason: str) -> None:
+        """Forget all regions: the server has. It may have been restarted; where this goes on, it is left alone."""
+        self.close()
+        now = time.monotonic()
+        self._failures = [when for when in self._failures if when > now - _AGAIN_SECONDS] + [now]
+        if len(self._failures) >= _MAX_FAILURES:
+            self.unavailable(reason)
+
+
+def _place(
+    pool: SegmentPool, wires: tuple[WireTensor | None, ...], *, copies: bool
+) -> tuple[Use | None, tuple[WireTensor | None, ...], _Named] | None:
+    """Put tensors into shared memory, as far as they are not small and not there already; None without room.
+
+    Returns what they were copied to, the tensors where they lie now, and how a request names them.
+    """
+    tensors = list(wires)
+    named: dict[str, Any] = dict(zip(_NAMES, wires, strict=True))
+    to_copy: list[tuple[int, WireTensor, int]] = []
+    end = 0
+    for index, wire in enumerate(wires):
+        if wire is None or len(wire.data) < _INLINE_BYTES:
+            continue
+        part = None if copies else pool.find(wire.data)
+        if part is not None and part.offset % _PART_ALIGNMENT == 0:
+            named[_NAMES[index]] = SharedTensor(wire.data_type, wire.shape, part)
+            continue
+        to_copy.append((index, wire, end))
+        end += -(-len(wire.data) // OUTPUT_ALIGNMENT) * OUTPUT_ALIGNMENT
+    if not to_copy:
+        return None, wires, named
+    use = pool.take(end)
+    if use is None:
+        return None
+    for index, wire, offset in to_copy:
+        room = use.bytes(offset, len(wire.data))
+        np.copyto(room, np.frombuffer(wire.data, np.uint8))  # which lets other threads run
+        tensors[index] = WireTensor(wire.data_type, wire.shape, room.data)
+        part = use.segment.part(offset, len(wire.data))
+        named[_NAMES[index]] = SharedTensor(wire.data_type, wire.shape, part)
+    return use, tuple(tensors), named
+
+
+def _byte_count(value: Any) -> int:
+    """Return how many bytes an array has; 0 for what is none, such as a list, which is read when it is sent."""
+    byte_count = getattr(value, "nbytes", 0)
+    return byte_count if isinstance(byte_count, int) else 0
+
+
+def _most_output_bytes(input: WireTensor, target: WireTensor, result_type: int, losses: tuple[Loss, ...]) -> int:
+    """Return the most bytes that the answer's tensors take. ValueError where the shapes do not broadcast."""
+    shape = input.shape if input.shape == target.shape else np.broadcast_shapes(input.shape, target.shape)
+    sizes: list[int] = []
+    for loss in losses:
+        if loss.reduction == "none":
+            sizes.append(ITEMSIZES[result_type] * math.prod(shape))
+        elif loss.reduction.startswith("sample"):
+            sizes.append(ITEMSIZES[result_type] * shape[0] if shape else 0)
+        if loss.gradient:
+            sizes.append(ITEMSIZES[input.data_type] * math.prod(input.shape))
+            if target.data_type in FLOATS and not (input.shape == target.shape and input.data_type == result_type):
+                sizes.append(ITEMSIZES[target.data_type] * math.prod(target.shape))
+    return sum(-(-size // OUTPUT_ALIGNMENT) * OUTPUT_ALIGNMENT for size in sizes)
+
+
+def _placed(results: tuple[ResultView, ...], outputs: Use) -> tuple[ResultView, ...]:
+    """Return the results with the bytes of their tensors, which lie in `outputs` one behind the other."""
+    offset = 0
+
+    def find(tensor: WireTensor | None) -> WireTensor | None:
+        nonlocal offset
+        if tensor is None or len(tensor.data) or not math.prod(tensor.shape):
+            return tensor
+        byte_count = ITEMSIZES.get(tensor.data_type, 0) * math.prod(tensor.shape)
+        begin = -(-offset // OUTPUT_ALIGNMENT) * OUTPUT_ALIGNMENT
+        offset = begin + byte_count
+        data = outputs.bytes(begin, byte_count).data if offset <= outputs.segment.byte_count else tensor.data
+        return WireTensor(tensor.data_type, tensor.shape, data)
+
+    return tuple(
+        ResultView(
+            result.scalar,
+            find(result.tensor),
+            result.element_count,
+            result.weight_sum,
+            result.nonfinite_count,
+            find(result.target_gradient),
+            find(result.input_gradient),
+        )
+        for result in results
+    )
