@@ -6,7 +6,10 @@ INSTALLED := $(VENV)/.installed
 # The tests run in this many processes; the machine's cores by default.
 WORKERS ?= auto
 
-.PHONY: help setup demo test lint types pytest proto bench clean
+# How long `make soak` runs.
+SECONDS ?= 1800
+
+.PHONY: help setup demo test test-faults soak lint types pytest proto bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -25,6 +28,12 @@ demo: $(INSTALLED)  ## start a server, evaluate real predictions through it, com
 	$(BIN)/python -m examples.demo
 
 test: lint types pytest  ## set-up, lint, types, all tests
+
+test-faults: $(INSTALLED)  ## every fault that tests/faults/ does to servers, those over a minute too; prints the figures
+	$(BIN)/python -m pytest tests/faults tests/end_to_end/test_drain.py -m 'faults or not faults' -n 0 -s -v
+
+soak: $(INSTALLED)  ## faults of all kinds under load for half an hour (SECONDS=); every answer compared with torch
+	$(BIN)/python -m tests.faults.soak $(SECONDS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

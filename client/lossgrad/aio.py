@@ -386,7 +386,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
                 window.must_reopen = False
             else:
                 error = stream_ended(received, self._settings.target)
-                seconds = window.break_stream(error)
+                seconds = None if self._is_closed else window.break_stream(error)
                 if seconds is None:
                     raise error from received
                 delay = seconds

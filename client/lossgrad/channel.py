@@ -176,7 +176,9 @@ class ChannelSettings:
                         "initialBackoff": "0.1s",  # gRPC adds the jitter, and obeys grpc-retry-pushback-ms
                         "maxBackoff": "2s",
                         "backoffMultiplier": 3,
-                        "retryableStatusCodes": ["UNAVAILABLE"],
+                        # CANCELLED too: gRPC's servers give it to calls that nobody cancelled when a peer floods them with
+                        # resets. What this side cancels, gRPC does not retry.
+                        "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                     },
                 }
             ]

@@ -389,7 +389,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
                 window.must_reopen = False
             else:
                 error = stream_ended(received, self._settings.target)
-                seconds = window.break_stream(error)
+                seconds = None if self._is_closed else window.break_stream(error)
                 if seconds is None:
                     raise error from received
                 delay = seconds

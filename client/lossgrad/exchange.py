@@ -25,6 +25,8 @@ MAX_REQUESTS_PER_MESSAGE: Final = 64
 FULL_MESSAGE_BYTES: Final = 1024 * 1024
 # What a request in a message takes beside its own bytes: tags, lengths, its number, its timeout.
 FRAME_BYTES: Final = 64
+# What may be gone with another attempt. CANCELLED by whoever is not this side: see channel.py.
+TRANSIENT: Final = frozenset((grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED))
 _FIRST_BACKOFF_SECONDS: Final = 0.1
 _MAX_BACKOFF_SECONDS: Final = 2.0
 
@@ -183,8 +185,7 @@ class Exchange:
             return
         if error.reason == "DRAINING":
             self.draining.add(item.stream)
-        is_transient = error.code is grpc.StatusCode.UNAVAILABLE
-        if not is_transient or item.failures >= self._retries or item.is_forgotten:
+        if error.code not in TRANSIENT or item.failures >= self._retries or item.is_forgotten:
             self._finish(item, error)
             return
         item.failures += 1

@@ -13,14 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Final
 
-import grpc
-
 from lossgrad.calls import Answer, Request
 from lossgrad.errors import LossgradError
 from lossgrad.exchange import (
     FRAME_BYTES,
     FULL_MESSAGE_BYTES,
     MAX_REQUESTS_PER_MESSAGE,
+    TRANSIENT,
     Exchange,
     Item,
     Room,
@@ -147,7 +146,7 @@ class StreamWindow:
         """Take note that the stream broke; return after how many seconds to open another, None to give up."""
         self.must_reopen = False
         self._breaks += 1
-        if error.code is not grpc.StatusCode.UNAVAILABLE or self._breaks > self._retries:
+        if error.code not in TRANSIENT or self._breaks > self._retries:
             return None
         return backoff_seconds(self._breaks, error.retry_after)
 

@@ -17,7 +17,10 @@ def main() -> int:
         config = from_command_line(sys.argv[1:])
         logs.configure(config.log_level, config.log_format)
         keep_large_blocks()  # before torch and gRPC start threads, each of which would get an arena of its own
-        # Only now, so that --help and a bad flag do not wait seconds for torch.
+        from lossgrad_server.security import security
+
+        security(config)  # files that cannot be read are told at once, too
+        # Only now, so that --help and a bad setting do not wait seconds for torch.
         from lossgrad_server.app import DeviceLost, run
         from lossgrad_server.engine import cpu_target
 

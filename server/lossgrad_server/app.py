@@ -28,12 +28,13 @@ from lossgrad_server.gpu_metrics import GpuCollector, find_gpu, with_plain_decim
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.security import security
 from lossgrad_server.transport.call import Method
-from lossgrad_server.transport.grpc_server import create_server
+from lossgrad_server.transport.grpc_server import UnderWay, create_server
 from lossgrad_server.transport.health import Health, health_method
 from lossgrad_server.transport.in_process import InProcessChannel
 from lossgrad_server.transport.open_inference.service import OpenInferenceDescription, OpenInferenceService
 from lossgrad_server.transport.pipeline import RequestPipeline
 from lossgrad_server.transport.service import LossService, ServiceDescription
+from lossgrad_server.transport.transfers import Unsent
 
 if TYPE_CHECKING:
     from lossgrad_server.shared_memory.sharing import SharedMemory
@@ -48,6 +49,10 @@ _EXPIRY_SECONDS: Final = 0.05
 
 # Memory kept for the next large message is given back once there has been no request for this long.
 _IDLE_SECONDS: Final = 5.0
+
+
+# How often a server that drains looks whether it is done, and how long the last answer has to leave it.
+_DRAINED_SECONDS: Final = 0.05
 
 
 class DeviceLost(Exception):
@@ -100,6 +105,7 @@ class Core:
             self.metrics,
             config.max_message_bytes,
             None if shared_memory is None else shared_memory.segments,
+            unsent=Unsent(config.max_queued_bytes // 4),
         )
         if shared_memory is not None:
             self.metrics.watch_memory(shared_memory.state)
@@ -169,12 +175,17 @@ class Server:
         self._security = security(config)  # before the device: a bad setting must be told at once
         self._core = Core(config, asyncio.get_running_loop(), _shared_memory(config))
         self._health = Health()
+        self._under_way = UnderWay()
         self._grpc = create_server(
             self._core.methods,
             self._core.metrics,
             max_message_bytes=config.max_message_bytes,
             max_connection_age_seconds=config.max_connection_age_seconds,
+            max_connections=config.max_connections,
+            transfer_timeout_seconds=config.transfer_timeout_seconds,
             tokens=self._security.tokens,
+            unsent=self._core.pipeline.unsent,
+            under_way=self._under_way,
         )
         self._health.add_to(self._grpc)
         if self._security.certificates is not None:
@@ -272,7 +283,14 @@ class Server:
         await self._health.set_ready(False)
         await asyncio.sleep(self.config.drain_delay_seconds)
         self._core.pipeline.drain()
-        await self._grpc.stop(self.config.drain_grace_seconds)
+        closing = asyncio.ensure_future(self._grpc.stop(self.config.drain_grace_seconds))
+        self._core.pipeline.end_streams()
+        # Health's watches would be waited for until the grace is over: they end with the server.
+        while not closing.done():
+            await asyncio.wait((closing,), timeout=_DRAINED_SECONDS)
+            if not self._under_way.calls:
+                closing.cancel()
+                break
         await self.stop()
 
     async def stop(self) -> None:

@@ -151,6 +151,20 @@ class ServerConfig:
     reflection: bool = _setting(
         False, "Serve gRPC reflection, for tools such as grpcurl. Off, because it is of no use to clients."
     )
+    max_connections: int = _setting(
+        4096,
+        "Most connections at a time; those beyond are closed at once. Each costs a descriptor and some memory. A client "
+        "needs one.",
+        least=1,
+        most=INT32_MAX,
+    )
+    transfer_timeout_seconds: float = _setting(
+        60.0,
+        "Most time that a call's message may take to come in, or a stream's to go out; a peer that takes longer is cut off, "
+        "so that one that stalls holds no memory. 256 MiB in a minute are 36 Mbit/s.",
+        least=1,
+        most=DAY_SECONDS,
+    )
     max_connection_age_seconds: float = _setting(
         0.0,
         "Ask clients to reconnect after about this long, so that new replicas get load; 0 never does. Set 300 behind a "

@@ -130,7 +130,7 @@ def test_the_service_config_balances_checks_health_and_retries_unary_calls() -> 
     (method,) = config["methodConfig"]
     assert {name["method"] for name in method["name"]} == {"ComputeLoss", "GetServerInfo"}
     assert method["retryPolicy"]["maxAttempts"] == 3
-    assert method["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+    assert method["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
     assert "methodConfig" not in json.loads(str(dict(ChannelSettings(retries=0).options)["grpc.service_config"]))
 
 

@@ -9,20 +9,27 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from tests.server.serving import PATIENCE_SECONDS
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 class Program:
-    """A running lossgrad-server, or another program that is one."""
+    """A running lossgrad-server. A subclass may run another module, which takes the same flags after its own arguments."""
 
-    def __init__(self, *arguments: str, program: Sequence[str] = ("-m", "lossgrad_server"), **environment: str) -> None:
+    command: Sequence[str] = ("-m", "lossgrad_server")
+
+    def __init__(self, *arguments: str, program: Sequence[str] = (), **environment: str) -> None:
+        """Start it. `program` is what Python is to run instead."""
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, *program, "--device", "cpu", *arguments],
+            [sys.executable, *(program or self.command), "--device", "cpu", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **environment},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
         )
         self.logged: list[str] = []
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()

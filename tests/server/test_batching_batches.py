@@ -183,14 +183,19 @@ def test_a_giant_is_admitted_when_nothing_else_is_inside_and_holds_everyone_else
     assert (admission.requests, admission.bytes) == (1, JOB_BYTES)
 
 
-def test_refusals_are_logged_once_until_somebody_is_admitted_again(caplog: pytest.LogCaptureFixture) -> None:
-    admission = Admission(AdmissionLimits(1, PLENTY))
+def test_refusals_are_logged_once_in_ten_seconds_however_often_they_begin_and_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    now = [100.0]
+    admission = Admission(AdmissionLimits(1, PLENTY), lambda: now[0])
     first, second = waiting(1, 1)
-    admission.admit(first)
-    for _ in range(3):
+    for seconds in (0.0, 0.0, 9.9):
+        admission.admit(first)
+        now[0] += seconds
         refusal(admission, second)
-    assert len(caplog.records) == 1
-    admission.release(first)
-    admission.admit(second)
-    refusal(admission, first)
+        admission.release(first)
+        assert len(caplog.records) == 1
+    now[0] += 0.2
+    admission.admit(first)
+    refusal(admission, second)
     assert len(caplog.records) == 2

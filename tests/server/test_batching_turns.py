@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lossgrad_server.batching.forming import BatchLimits, form_batch
+from lossgrad_server.batching.forming import BatchLimits, ClosedBy, form_batch
 from lossgrad_server.batching.job import Job, KnownOrigin
 from lossgrad_server.batching.line import AGED_SECONDS, FairLine, Line, work_of
 from lossgrad_server.batching.schedule import Pace, Schedule
@@ -94,22 +94,56 @@ def test_bulk_goes_after_all_others_until_it_has_waited_long() -> None:
 def test_the_pace_is_not_known_before_some_batches_and_follows_a_change() -> None:
     pace = Pace()
     for _ in range(9):
-        pace.note(100, 1.0)
+        pace.note(100, 0.001)
     assert pace.seconds(100) == 0
-    pace.note(100, 1.0)
-    assert pace.seconds(100) == pytest.approx(1.0)
-    assert pace.seconds(50) == pytest.approx(0.5)
+    pace.note(100, 0.001)
+    assert pace.seconds(100) == pytest.approx(0.001)
+    assert pace.seconds(50) == pytest.approx(0.0005)
     for _ in range(60):
-        pace.note(100, 3.0)
-    assert pace.seconds(100) == pytest.approx(3.0, rel=0.01)
+        pace.note(100, 0.003)
+    assert pace.seconds(100) == pytest.approx(0.003, rel=0.01)
+
+
+def test_of_a_slow_device_the_pace_is_known_after_two_batches() -> None:
+    pace = Pace()
+    pace.note(100, 0.06)
+    assert pace.seconds(100) == 0
+    pace.note(100, 0.06)
+    assert pace.seconds(100) == pytest.approx(0.06)
+
+
+def test_one_batch_that_was_held_up_for_long_does_not_change_the_pace_for_long() -> None:
+    pace = Pace()
+    for _ in range(30):
+        pace.note(100, 0.01)
+    pace.note(100, 3600.0)  # the process was stopped meanwhile
+    assert pace.seconds(100) < 0.015
+
+
+def test_a_pace_that_nothing_confirms_keeps_no_job_from_a_device_that_is_free() -> None:
+    now = [0.0]
+    pace = Pace(lambda: now[0])
+    for _ in range(2):
+        pace.note(work_of(Answers().job("x")), 10.0)
+    answers = Answers()
+
+    def names() -> list[str]:
+        line = FairLine()
+        for name in ("a", "b"):
+            line.append(answers.job(name, deadline=time.monotonic() + 5))
+        return [name_of(one) for one in form_batch(line, BatchLimits(256, PLENTY, PLENTY), pace).jobs]
+
+    assert names() == []
+    now[0] += 2
+    assert names() == ["a"]  # and what becomes of it will show
 
 
 def test_a_schedule_adds_what_is_begun_and_does_not_let_small_wait_for_large() -> None:
     now = [100.0]
     schedule = Schedule(lambda: now[0])
     for _ in range(10):
-        schedule.done(1000, 0.1, is_large=False)
-        schedule.done(1000, 1.0, is_large=True)
+        schedule.note(1000, 0.1, is_large=False)
+        schedule.note(1000, 1.0, is_large=True)
     assert schedule.seconds_until_done(1000, 0) == pytest.approx(0.1)
     schedule.begin(5000, is_large=False)
     schedule.begin(5000, is_large=True)
@@ -119,6 +153,26 @@ def test_a_schedule_adds_what_is_begun_and_does_not_let_small_wait_for_large() -
     assert schedule.seconds_until_done(1000, 0) == pytest.approx(0.3)
     now[0] += 100  # a device that hangs is no reason to refuse for ever
     assert schedule.seconds_until_done(1000, 0) == pytest.approx(0.1)
+    schedule.end(5000, is_large=False)
+    for _ in range(100):  # one that is faster than was thought must not be thought the busier for it
+        schedule.begin(5000, is_large=False)
+        schedule.end(5000, is_large=False)
+    assert schedule.seconds_until_done(1000, 0) == pytest.approx(0.1)
+
+
+def test_a_batch_takes_no_more_than_its_most_urgent_job_can_wait_for() -> None:
+    pace = Pace()
+    for _ in range(10):
+        pace.note(work_of(Answers().job("x")), 0.1)  # a tenth of a second each
+    answers = Answers()
+    line = FairLine()
+    for name, seconds in (("a", 5.0), ("urgent", 0.35), ("b", 5.0), ("c", None)):
+        line.append(answers.job(name, deadline=None if seconds is None else time.monotonic() + seconds))
+    batch = form_batch(line, BatchLimits(256, PLENTY, PLENTY), pace)
+    assert [name_of(one) for one in batch.jobs] == ["a", "urgent", "b"]
+    assert batch.closed_by is ClosedBy.DEADLINE
+    assert not batch.dropped
+    assert [name_of(one) for one in form_batch(line, BatchLimits(256, PLENTY, PLENTY), pace).jobs] == ["c"]
 
 
 def test_a_job_that_would_be_late_with_its_batch_is_dropped_and_the_batch_goes_on() -> None:

@@ -264,7 +264,7 @@ CLOSED = {
     },
     "stage": {"decode", "queue", "pack", "compute", "unpack", "encode"},
     "device": {"cpu"},
-    "closed_by": {"idle", "inline", "max_requests", "max_elements", "max_bytes", "alone"},
+    "closed_by": {"idle", "inline", "max_requests", "max_elements", "max_bytes", "alone", "deadline"},
     "reason": {"queue_full", "bytes_full", "predicted_late", "draining", "warming_up", "too_large", "deadline"},
     "grpc_type": {"unary", "bidi_stream"},
     "grpc_service": {SERVICE, inference.SERVICE},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -13,6 +15,9 @@ logger = logging.getLogger(__name__)
 
 # A full queue empties in milliseconds; a caller that comes back much sooner would only be refused again.
 RETRY_AFTER_SECONDS = 0.05
+
+# Under overload requests are taken and refused by turns, many times a second. One line says it for so long.
+LOG_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +31,13 @@ class AdmissionLimits:
 class Admission:
     """Counts what is inside. Not thread-safe: the batcher calls it under its lock."""
 
-    def __init__(self, limits: AdmissionLimits) -> None:
+    def __init__(self, limits: AdmissionLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
+        self._clock = clock
         self.requests = 0
         self.bytes = 0
         self.total = 0  # ever admitted
-        self._is_refusing = False
+        self._said_at = -LOG_SECONDS
 
     def admit(self, job: Job) -> None:
         """Count a job in, or raise Unavailable. When nothing is inside, any job is admitted, however large."""
@@ -48,7 +54,6 @@ class Admission:
                 f"this request needs {job.byte_count} bytes, {self.bytes} of the server's {self.limits.bytes} "
                 "are taken; try again shortly, or send fewer or smaller tensors at a time",
             )
-        self._is_refusing = False
         self.requests += 1
         self.total += 1
         self.bytes = size
@@ -60,7 +65,8 @@ class Admission:
 
     def refuse(self, reason: Reason, message: str) -> NoReturn:
         """Raise Unavailable."""
-        if not self._is_refusing:  # a change of state is logged, the refusals that follow are counted by metrics
+        now = self._clock()
+        if now - self._said_at >= LOG_SECONDS:  # how many, metrics count
+            self._said_at = now
             logger.warning("Refusing requests (%s): %s requests, %s bytes inside", reason, self.requests, self.bytes)
-            self._is_refusing = True
         raise Unavailable(message, reason=reason, retry_after_seconds=RETRY_AFTER_SECONDS)

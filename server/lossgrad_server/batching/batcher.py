@@ -28,7 +28,7 @@ from lossgrad_server.batching.admission import Admission, AdmissionLimits
 from lossgrad_server.batching.forming import Batch, BatchLimits, ClosedBy, InOrder, form_batch
 from lossgrad_server.batching.job import BatchFacts, Computed, Job, Outcome
 from lossgrad_server.batching.outcomes import failure_of, hand_back
-from lossgrad_server.batching.schedule import Schedule
+from lossgrad_server.batching.schedule import ADMITTED_PART, Schedule
 from lossgrad_server.batching.waiting import WaitingJobs
 from lossgrad_server.errors import DeadlinePassed, InternalError, Reason, RequestError, Unavailable
 from lossgrad_server.work import BatchResult, DeviceWorker, Pending, WorkFailure
@@ -191,11 +191,11 @@ class Batcher:
         """Refuse a job that would only be dropped when its turn comes: its caller can try elsewhere at once."""
         left = deadline - time.monotonic()
         seconds = self._waiting.seconds_until_done(job, is_large=is_large)
-        if seconds > left > 0:
+        if seconds > left * ADMITTED_PART > 0:
             self._admission.refuse(
                 Reason.PREDICTED_LATE,
                 f"this request's deadline is {left * 1e3:.0f} ms away, and with what waits before it its answer would take "
-                f"about {seconds * 1e3:.0f} ms; allow more time, or try again when less is waiting",
+                f"about {seconds * 1e3:.0f} ms, too close to it; allow more time, or try again when less is waiting",
             )
 
     def _take_inline(self, jobs: deque[Job]) -> Batch | None:
@@ -353,7 +353,7 @@ class Batcher:
 
     def _finish(self, run: _Run) -> None:
         outcomes = self._result(run)
-        self._begun.remove(run)
+        self._end(run)
         self._deliver(outcomes)
 
     def _result(self, run: _Run) -> list[tuple[Job, Outcome]]:
@@ -363,15 +363,19 @@ class Batcher:
         except Exception as error:
             return self._failed(run, error)
         busy_ns = time.perf_counter_ns() - run.started_ns
-        self._schedule.done(run.batch.work, busy_ns * 1e-9, is_large=run.is_large)
+        self._schedule.note(run.batch.work, busy_ns * 1e-9, is_large=run.is_large)
         self._observer.batch_done(run.batch, result, busy_ns)
         if self._worker.is_lost and not self._is_lost:
             self._is_lost = True
             self._post(self._on_lost)
         return outcomes
 
-    def _fail(self, run: _Run, error: Exception) -> None:
+    def _end(self, run: _Run) -> None:
         self._begun.remove(run)
+        self._schedule.end(run.batch.work, is_large=run.is_large)
+
+    def _fail(self, run: _Run, error: Exception) -> None:
+        self._end(run)
         self._deliver(self._failed(run, error))
 
     def _failed(self, run: _Run, error: Exception) -> list[tuple[Job, Outcome]]:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from lossgrad_server.batching.job import Job
 from lossgrad_server.batching.line import work_of
-from lossgrad_server.batching.schedule import Pace
+from lossgrad_server.batching.schedule import Pace, is_too_long
 from lossgrad_server.errors import Cancelled, DeadlinePassed, RequestError
 
 
@@ -23,6 +23,7 @@ class ClosedBy(StrEnum):
     MAX_BYTES = "max_bytes"
     INLINE = "inline"  # little enough to be computed at once, in the transport's thread
     ALONE = "alone"  # the job by itself reaches a cap
+    DEADLINE = "deadline"  # with one more, one in it would be late: a batch is answered when all of it is done
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +90,17 @@ def form_batch(waiting: Waiting, limits: BatchLimits, pace: Pace) -> Batch:
     now_ns = time.perf_counter_ns()
     jobs = batch.jobs
     elements = size = 0
+    due: float | None = None  # when the most urgent job must be done, and the batch with it
     while waiting:
         job = waiting.first
         # Asked here first, because a call for each of thousands of jobs a second costs more than the question.
-        if job.cancelled or job.deadline is not None:
+        if job.cancelled or job.deadline is not None or due is not None:
             # A job is answered with its batch, so all that is in there counts.
-            error = reason_to_drop(job, now, pace.seconds(batch.work + work_of(job)))
+            seconds = pace.seconds(batch.work + work_of(job))
+            if due is not None and is_too_long(seconds, due - now):
+                batch.closed_by = ClosedBy.DEADLINE
+                break
+            error = reason_to_drop(job, now, _believed(seconds, pace, is_first=not jobs))
             if error is not None:
                 batch.dropped.append((waiting.popleft(), error))
                 continue
@@ -105,6 +111,8 @@ def form_batch(waiting: Waiting, limits: BatchLimits, pace: Pace) -> Batch:
             break
         job.picked_ns = now_ns
         jobs.append(waiting.popleft())
+        if job.deadline is not None and (due is None or job.deadline < due):
+            due = job.deadline
         batch.element_count = elements
         batch.byte_count = size
         batch.work += work_of(job)
@@ -119,7 +127,7 @@ def take_alone(waiting: Waiting, pace: Pace) -> Batch:
     batch = Batch(closed_by=ClosedBy.ALONE)
     while waiting and not batch.jobs:
         job = waiting.popleft()
-        if (error := reason_to_drop(job, time.monotonic(), pace.seconds(work_of(job)))) is not None:
+        if (error := reason_to_drop(job, time.monotonic(), _believed(pace.seconds(work_of(job)), pace))) is not None:
             batch.dropped.append((job, error))
         else:
             job.picked_ns = time.perf_counter_ns()
@@ -128,6 +136,11 @@ def take_alone(waiting: Waiting, pace: Pace) -> Batch:
             batch.byte_count = job.byte_count
             batch.work = work_of(job)
     return batch
+
+
+def _believed(seconds: float, pace: Pace, *, is_first: bool = True) -> float:
+    """Return what a job is expected to take; 0 where that would keep the device idle for a belief that may be wrong."""
+    return 0.0 if is_first and pace.is_stale else seconds
 
 
 def _cap_reached(limits: BatchLimits, requests: int, elements: int) -> ClosedBy:
@@ -145,7 +158,7 @@ def reason_to_drop(job: Job, now: float, service_seconds: float = 0.0) -> Reques
             f"this request's deadline passed {late_ms:.1f} ms before the device was free for it; "
             "allow more time, or send fewer requests at a time"
         )
-    if job.deadline is not None and now + service_seconds > job.deadline:
+    if job.deadline is not None and is_too_long(service_seconds, job.deadline - now):
         left_ms = (job.deadline - now) * 1e3
         return DeadlinePassed(
             f"this request's deadline was {left_ms:.1f} ms away when the device was free for it, and computing its batch "

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
@@ -17,11 +18,15 @@ from lossgrad_server.metrics import Metrics
 from lossgrad_server.transport.call import Method
 from lossgrad_server.transport.status import pushback, to_status
 from lossgrad_server.transport.tokens import TokenGuard, Tokens
+from lossgrad_server.transport.transfers import COUNTED_BYTES, Receiving, Unsent
 
 logger = logging.getLogger(__name__)
 
 # Above our own limit, so that a message a little too large still gets our error, with details. gRPC refuses beyond.
 _LIMIT_SLACK_BYTES: Final = 1 << 20
+
+# Tokens and trace contexts take hundreds. gRPC's own limits do not hold for metadata that come compressed.
+_MAX_METADATA_BYTES: Final = 16 * 1024
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -32,22 +37,84 @@ def create_server(
     *,
     max_message_bytes: int,
     max_connection_age_seconds: float = 0.0,
+    max_connections: int = 4096,
+    transfer_timeout_seconds: float = 60.0,
     tokens: Tokens | None = None,
+    unsent: Unsent | None = None,
+    under_way: UnderWay | None = None,
 ) -> grpc.aio.Server:
-    """Return a server, not yet started, that serves `methods`. With `tokens`, calls need one of them."""
-    options = server_options(max_message_bytes, max_connection_age_seconds)
+    """Return a server, not yet started, that serves `methods`. With `tokens`, calls need one of them.
+
+    `unsent` counts the answers that callers do not read, `under_way` the calls.
+    """
+    options = server_options(max_message_bytes, max_connection_age_seconds, max_connections)
     guards = [TokenGuard(tokens, on_refused=lambda error: metrics.failed(None, "native", error))] if tokens else []
     server = grpc.aio.server(options=options, interceptors=guards)
-    by_service: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {}
-    for method in methods:
-        _, service, name = method.name.split("/")
-        by_service.setdefault(service, {})[name] = _handler(method, metrics, max_message_bytes)
-    for service, handlers in by_service.items():
-        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
+    limits = _Limits(
+        max_message_bytes,
+        transfer_timeout_seconds,
+        Receiving(transfer_timeout_seconds),
+        unsent or Unsent(max_message_bytes),
+        under_way or UnderWay(),
+    )
+    server.add_generic_rpc_handlers([_Handlers({method.name: _handler(method, metrics, limits) for method in methods})])
     return server
 
 
-def server_options(max_message_bytes: int, max_connection_age_seconds: float) -> list[tuple[str, int]]:
+class UnderWay:
+    """How many calls of `methods` are under way, until their answers are sent. Health's watches are none of them."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def begin(self, context: Context) -> None:
+        """Count a call in, and out when it has ended."""
+        self.calls += 1
+        context.add_done_callback(self._end)  # type: ignore[arg-type]
+
+    def _end(self, _: Any) -> None:
+        self.calls -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """What bounds a message: its size, and the time that it may take on its way."""
+
+    max_message_bytes: int
+    transfer_timeout_seconds: float
+    receiving: Receiving
+    unsent: Unsent
+    under_way: UnderWay
+
+
+class _Handlers(grpc.GenericRpcHandler):
+    """Finds methods by their exact name. Of a call with too much metadata, not a byte of the body is read."""
+
+    def __init__(self, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
+        self._handlers = handlers
+        self._refusing: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(_refuse_metadata)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Return a method's handler; None where there is no such method."""
+        metadata: Any = handler_call_details.invocation_metadata or ()
+        if sum([len(key) + len(value) for key, value in metadata]) > _MAX_METADATA_BYTES:
+            return self._refusing
+        return self._handlers.get(handler_call_details.method)
+
+
+async def _refuse_metadata(_messages: Any, context: Context) -> None:
+    await _abort(
+        context,
+        TooLarge(
+            f"the call's metadata have over {_MAX_METADATA_BYTES} bytes; send less of it",
+            reason=Reason.HEADER_TOO_LARGE,
+        ),
+    )
+
+
+def server_options(
+    max_message_bytes: int, max_connection_age_seconds: float, max_connections: int
+) -> list[tuple[str, int]]:
     """Return the channel arguments of the server, each with its reason. Figures: docs/architecture.md."""
     limit = max_message_bytes + _LIMIT_SLACK_BYTES
     options = [
@@ -58,6 +125,11 @@ def server_options(max_message_bytes: int, max_connection_age_seconds: float) ->
         # The SDK pings every 20 s; by default gRPC closes a connection that pings more than once in 5 minutes.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # A connection costs a descriptor and memory whether or not it is used; those beyond are closed at once.
+        ("grpc.max_allowed_incoming_connections", max_connections),
+        # Finds peers that are gone without a word, and those that read nothing at all.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
         # A second server on the same port must fail at once, and not take half of the connections.
         ("grpc.so_reuseport", 0),
     ]
@@ -66,6 +138,10 @@ def server_options(max_message_bytes: int, max_connection_age_seconds: float) ->
         options.append(("grpc.max_connection_age_ms", round(max_connection_age_seconds * 1e3)))
         options.append(("grpc.max_connection_age_grace_ms", 30_000))
     return options
+
+
+class StalledPeer(Exception):
+    """The caller does not read what it is sent."""
 
 
 class GrpcCall:
@@ -95,27 +171,36 @@ class GrpcCall:
         return peer
 
 
-def _handler(method: Method, metrics: Metrics, max_message_bytes: int) -> grpc.RpcMethodHandler[Any, Any]:
+def _handler(method: Method, metrics: Metrics, limits: _Limits) -> grpc.RpcMethodHandler[Any, Any]:
     # No (de)serializer: handlers take and give bytes, and what cannot be read is answered by ours, not by grpcio, which
     # says INTERNAL or UNKNOWN and shows its insides.
     if method.unary is not None:
-        return grpc.unary_unary_rpc_method_handler(_unary(method, metrics, max_message_bytes))
-    return grpc.stream_stream_rpc_method_handler(_stream(method, metrics, max_message_bytes))
+        return grpc.stream_unary_rpc_method_handler(_unary(method, metrics, limits))
+    return grpc.stream_stream_rpc_method_handler(_stream(method, metrics, limits))
 
 
-def _unary(method: Method, metrics: Metrics, max_message_bytes: int) -> Any:
+def _unary(method: Method, metrics: Metrics, limits: _Limits) -> Any:
     handler = method.unary
     assert handler is not None  # noqa: S101 - for the type checker
     watch = RpcWatch(metrics, method, "unary")
+    max_message_bytes, receiving, unsent = limits.max_message_bytes, limits.receiving, limits.unsent
 
-    async def serve(request: bytes, context: Context) -> bytes:
+    # A handler of a stream, of which one message is read: of a unary handler's call gRPC reads the whole message before it
+    # calls it, however long that takes. On the wire and in costs the two are the same.
+    async def serve(_messages: Any, context: Context) -> bytes:
+        limits.under_way.begin(context)
         started = watch.started()
-        watch.received.inc()
         code = "OK"
         try:
+            unsent.check(context.peer)
+            request = await receiving.message(context)
+            watch.received.inc()
             check_size(request, max_message_bytes)
             reply = await handler(request, GrpcCall(method.name, context))
             watch.sent.inc()
+            if len(reply) >= COUNTED_BYTES:
+                let_go = unsent.hold(context.peer(), len(reply))
+                context.add_done_callback(lambda _: let_go())  # type: ignore[arg-type]
             return reply
         except asyncio.CancelledError:
             code = "CANCELLED"
@@ -131,10 +216,11 @@ def _unary(method: Method, metrics: Metrics, max_message_bytes: int) -> Any:
     return serve
 
 
-def _stream(method: Method, metrics: Metrics, max_message_bytes: int) -> Any:
+def _stream(method: Method, metrics: Metrics, limits: _Limits) -> Any:
     handler = method.stream
     assert handler is not None  # noqa: S101 - for the type checker
     watch = RpcWatch(metrics, method, "bidi_stream")
+    max_message_bytes, timeout_seconds = limits.max_message_bytes, limits.transfer_timeout_seconds
 
     async def serve(messages: AsyncIterator[bytes], context: Context) -> None:
         async def received() -> AsyncIterator[bytes]:
@@ -144,9 +230,15 @@ def _stream(method: Method, metrics: Metrics, max_message_bytes: int) -> Any:
                 yield message
 
         async def send(message: bytes) -> None:
-            await context.write(message)
+            try:
+                async with asyncio.timeout(timeout_seconds):
+                    await context.write(message)
+            except TimeoutError:
+                logger.warning("Cut off a stream whose caller has read nothing for %s s", timeout_seconds)
+                raise StalledPeer from None
             watch.sent.inc()
 
+        limits.under_way.begin(context)
         started = watch.started()
         code = "OK"
         try:
@@ -154,6 +246,10 @@ def _stream(method: Method, metrics: Metrics, max_message_bytes: int) -> Any:
         except asyncio.CancelledError:
             code = "CANCELLED"
             raise
+        except StalledPeer:
+            # A status would have to wait behind the message that nobody reads. A cancelled call is reset.
+            code = "CANCELLED"
+            raise asyncio.CancelledError from None
         except Exception as exception:
             error = as_request_error(exception, method.name)
             code = error.code.name

@@ -15,6 +15,11 @@ BULK: Final = "bulk"
 _LOOPBACK: Final = ("ipv4:127.", "ipv6:%5B::1%5D", "ipv6:[::1]")
 
 
+def caller_of(peer: str) -> str:
+    """Return a peer's address, whatever connections it has; of one on this machine, its connection."""
+    return peer if peer.startswith(_LOOPBACK) else peer.rpartition(":")[0] or peer
+
+
 class CallOrigin:
     """The `Origin` of a call's requests."""
 
@@ -25,9 +30,8 @@ class CallOrigin:
 
     @cached_property
     def caller(self) -> str:
-        """The caller's address, whatever connections it has; of one on this machine, its connection."""
-        peer = self._call.peer
-        return peer if peer.startswith(_LOOPBACK) else peer.rpartition(":")[0] or peer
+        """Whose turn it is: `caller_of` the peer."""
+        return caller_of(self._call.peer)
 
     @cached_property
     def is_bulk(self) -> bool:

@@ -31,6 +31,7 @@ from lossgrad_server.transport.answers import (
 )
 from lossgrad_server.transport.checks import RequestChecker
 from lossgrad_server.transport.shared_tensors import SharedMemoryParts, copy, misplaced
+from lossgrad_server.transport.transfers import Unsent
 from lossgrad_server.work import WorkItem
 
 logger = logging.getLogger(__name__)
@@ -181,17 +182,25 @@ class RequestPipeline:
     """Takes requests' bytes, and sees to it that each is answered exactly once."""
 
     def __init__(
-        self, batcher: Batcher, metrics: Metrics, max_message_bytes: int, memory: SharedMemoryParts | None = None
+        self,
+        batcher: Batcher,
+        metrics: Metrics,
+        max_message_bytes: int,
+        memory: SharedMemoryParts | None = None,
+        unsent: Unsent | None = None,
     ) -> None:
-        """`memory` is what the server shares with its callers, if it shares any."""
+        """`memory` is what the server shares with its callers, if it shares any; `unsent` counts what they do not read."""
         self.batcher = batcher
         self.metrics = metrics
         self.memory = memory
         self.checker = RequestChecker(max_message_bytes, memory)
+        self.unsent = unsent or Unsent(max_message_bytes)
         self.is_warm = False  # set once the worker is; requests before that are told to come back
         self._on_drain: set[Callable[[RequestError], None]] = set()
         self._is_draining = False
         self.on_done = self._done  # the same object for every request: so the batcher hands them back together
+        # What ends the reading of each stream: a server that drains must not wait for callers who keep one open.
+        self.end_reading: set[Callable[[], object]] = set()
         self._alike: list[_Alike] = []  # answered, and not yet counted
         self._is_answering = False
         # The last batch's stats, for requests that waited this long.
@@ -270,6 +279,11 @@ class RequestPipeline:
         self._is_draining = True
         for on_drain in list(self._on_drain):
             on_drain(_going_down())
+
+    def end_streams(self) -> None:
+        """Let every stream end once it has answered what it has taken."""
+        for end in list(self.end_reading):
+            end()
 
     def stats_of(self, computed: Computed) -> bytes:
         """Return the ComputeStats of an answer, encoded."""

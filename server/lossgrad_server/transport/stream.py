@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 from google.rpc import status_pb2
@@ -34,7 +34,8 @@ MESSAGE_BYTES: Final = 4 * 1024 * 1024
 # thousand with headers of 64 KiB would hold up the event loop for half a minute.
 TURN_SECONDS: Final = 0.005
 
-_Entry = tuple[int, Sequence[codec.Buffer] | status_pb2.Status, int]  # tag, answer, bytes that the request holds
+# Tag, answer, bytes that the request holds, and what to call once the answer is sent or given up.
+_Entry = tuple[int, Sequence[codec.Buffer] | status_pb2.Status, int, Callable[[], None]]
 
 
 class StreamSession:
@@ -50,6 +51,8 @@ class StreamSession:
         self._outbox: deque[_Entry] = deque()
         self._inside_requests = 0  # pending and unsent
         self._inside_bytes = 0
+        self._peer = ""
+        self._is_over = False
         self._has_answers = asyncio.Event()
         self._has_room = asyncio.Event()
         self._is_read_out = False
@@ -58,21 +61,34 @@ class StreamSession:
     async def run(self, messages: AsyncIterator[bytes], call: Call) -> None:
         """Serve the call to its end."""
         self._origin = CallOrigin(call)
+        self._peer = call.peer
+        self._pipeline.unsent.check(lambda: self._peer)
         try:
             async with asyncio.TaskGroup() as tasks:  # where reading or writing fails, the other must not wait for it
                 tasks.create_task(self._write())
-                async for message in messages:
-                    await self._take(message, call.deadline)
-                    while self._is_full():
-                        self._has_room.clear()
-                        await self._has_room.wait()
-                self._is_read_out = True
-                self._has_answers.set()
+                reading = tasks.create_task(self._read(messages, call))
+                self._pipeline.end_reading.add(reading.cancel)
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         finally:
             for request in self._pending:
                 request.cancelled = True
+            self._pipeline.end_reading.discard(reading.cancel)
+            self._is_over = True
+            for *_, let_go in self._outbox:
+                let_go()
+
+    async def _read(self, messages: AsyncIterator[bytes], call: Call) -> None:
+        """Take what comes. Cancelled when the server drains: what is taken is answered, and then the stream ends."""
+        try:
+            async for message in messages:
+                await self._take(message, call.deadline)
+                while self._is_full():
+                    self._has_room.clear()
+                    await self._has_room.wait()
+        finally:
+            self._is_read_out = True
+            self._has_answers.set()
 
     def _is_full(self) -> bool:
         return self._inside_requests >= self._max_requests or self._inside_bytes >= self._max_bytes
@@ -121,8 +137,9 @@ class StreamSession:
             self._put(request.tag, answer, request.byte_count)
 
     def _put(self, tag: int, outcome: Sequence[codec.Buffer] | status_pb2.Status, byte_count: int) -> None:
-        self._outbox.append((tag, outcome, byte_count))
-        self._has_answers.set()
+        if not self._is_over:
+            self._outbox.append((tag, outcome, byte_count, self._pipeline.unsent.hold(self._peer, byte_count)))
+            self._has_answers.set()
 
     async def _write(self) -> None:
         while True:
@@ -136,22 +153,28 @@ class StreamSession:
 
     async def _send_some(self) -> None:
         entries: list[tuple[int, Sequence[codec.Buffer] | status_pb2.Status]] = []
+        sent: list[Callable[[], None]] = []
         size = held_bytes = 0
         while self._outbox:
-            tag, outcome, byte_count = self._outbox[0]
+            tag, outcome, byte_count, let_go = self._outbox[0]
             size += _size(outcome)
             if entries and size > self._message_bytes:  # one by itself fits the limit: checks.py sees to it
                 break
             self._outbox.popleft()
             entries.append((tag, outcome))
             held_bytes += byte_count
+            sent.append(let_go)
         if size <= JOIN_IN_THREAD_BYTES:
             message = codec.encode_stream_response(entries)
         else:
             parts = codec.stream_response_parts(entries)
             message = await asyncio.get_running_loop().run_in_executor(None, join_without_gil, parts)
         self._pipeline.metrics.response_bytes.labels(API).observe(len(message))
-        await self._send(message)
+        try:
+            await self._send(message)
+        finally:
+            for let_go in sent:
+                let_go()
         self._inside_requests -= len(entries)
         self._inside_bytes -= held_bytes
         self._has_room.set()

@@ -1,0 +1,228 @@
+"""Messages made to cost more than they should, and messages made of noise (R23, R24, R25, R26)."""
+
+from __future__ import annotations
+
+import gzip
+import random
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from lossgrad_api import codec
+from lossgrad_api.codec import COMPUTE_LOSS, STREAM_COMPUTE_LOSS
+from lossgrad_api.v1 import loss_service_pb2 as pb
+from lossgrad_api.v1 import tensor_pb2
+from tests.faults.http2 import Peer, headers_of
+from tests.faults.programs import serving
+from tests.faults.resources import MIB, peak_bytes, reset_peak, resident_bytes
+from tests.server import wire_messages as wire
+from tests.server.program import Program
+from tests.server.requests import L1, request
+
+LIMIT_BYTES = 64 * MIB
+# What is told to those who send nonsense: what they must change, and nothing of the inside.
+DOCUMENTED = {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED"}
+INSIDE = ("Traceback", ".py", "Error(", "Exception", "0x", "numpy", "torch.", "lossgrad_server", "site-packages")
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Program, str]]:
+    with serving(
+        Program("--port=0", "--metrics-port=-1", "--threads=1", f"--max-message-bytes={LIMIT_BYTES}")
+    ) as started:
+        yield started
+
+
+Call = Callable[..., bytes]
+
+
+@pytest.fixture
+def call(served: tuple[Program, str]) -> Iterator[Call]:
+    """Give ComputeLoss on bytes."""
+    options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    with grpc.insecure_channel(served[1], options=options) as channel:
+        yield channel.unary_unary(COMPUTE_LOSS)
+
+
+def refusal(call: Call, message: bytes) -> Any:
+    with pytest.raises(grpc.RpcError) as caught:
+        call(message, timeout=30)
+    return caught.value
+
+
+def test_r23_a_gzip_bomb_is_not_unpacked(served: tuple[Program, str]) -> None:
+    program, address = served
+    bomb = gzip.compress(bytes(500_000_000), 6)
+    before = resident_bytes(program.process.pid)
+    reset_peak(program.process.pid)
+    with Peer(address) as peer:
+        peer.send(
+            peer.open(headers_of(COMPUTE_LOSS, ("grpc-encoding", "gzip"))),
+            b"\x01" + struct.pack(">I", len(bomb)) + bomb,
+            end=True,
+        )
+        status, text = peer.status(30)
+    more = peak_bytes(program.process.pid) - before
+    print(f"\ngzip bomb, {len(bomb)} bytes for 500 MB: status {status} ({text}), {more / MIB:.0f} MiB more")
+    assert status in ("8", "12")  # RESOURCE_EXHAUSTED, or gzip not taken at all
+    assert more < 96 * MIB
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+def test_r24_the_size_limit_is_exact(call: Call, over: int) -> None:
+    def sized(data_bytes: int) -> bytes:
+        tensor = tensor_pb2.Tensor(
+            data_type=tensor_pb2.DATA_TYPE_FLOAT16, shape=[data_bytes // 2], data=bytes(data_bytes)
+        )
+        return pb.ComputeLossRequest(specs=[L1], input=tensor, target=tensor).SerializeToString()
+
+    room = LIMIT_BYTES + over
+    message = sized((room - 100) // 4 * 2)
+    (padding,) = (pad for size in range(1, 400) if len(pad := wire.delimited(15, bytes(size))) == room - len(message))
+    message += padding
+    assert len(message) == room
+    if over <= 0:
+        assert pb.ComputeLossResponse.FromString(call(message, timeout=30)).results[0].scalar == 0
+        return
+    error = refusal(call, message)
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert str(room) in error.details()
+    assert str(LIMIT_BYTES) in error.details()
+
+
+@pytest.mark.parametrize("kind", ["varints", "empty messages", "empty strings"])
+def test_r25_parsing_costs_no_more_than_the_message(served: tuple[Program, str], call: Call, kind: str) -> None:
+    size = 60 * MIB
+    message = {
+        "varints": lambda: wire.delimited(7, wire.delimited(2, bytes(size))),
+        "empty messages": lambda: b"\x0a\x00" * (size // 2),
+        "empty strings": lambda: b"\x1a\x00" * (size // 2),
+    }[kind]()
+    pid = served[0].process.pid
+    before = resident_bytes(pid)
+    reset_peak(pid)
+    error = refusal(call, message)
+    more = peak_bytes(pid) - before
+    print(f"\n60 MiB of {kind}: {more / MIB:.0f} MiB more")
+    assert error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT)
+    assert more < 3 * size
+
+
+class Noise:
+    """Messages of noise: random bytes, right requests with some bytes changed, and requests with absurd values."""
+
+    def __init__(self, seed: int) -> None:
+        self._chance = random.Random(seed)
+
+    def message(self) -> bytes:
+        return self._chance.choice((self._bytes, self._changed, self._absurd))()
+
+    def _bytes(self) -> bytes:
+        return self._chance.randbytes(self._chance.choice((0, 1, 2, 7, 64, 500)))
+
+    def _changed(self) -> bytes:
+        chance = self._chance
+        shape = [chance.randrange(4) for _ in range(chance.randrange(4))]
+        data = np.zeros(shape, np.float32)
+        message = bytearray(request(data, data).SerializeToString())
+        for _ in range(chance.randrange(1, 4)):
+            at = chance.randrange(len(message))
+            if chance.random() < 0.3:
+                del message[at:]
+                message += chance.randbytes(chance.randrange(20))
+                if not message:
+                    break
+            else:
+                message[at] = chance.randrange(256)
+        return bytes(message)
+
+    def _absurd(self) -> bytes:
+        chance: Any = self._chance
+        extents = [0, 1, 3, 2**31, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
+
+        def tensor() -> tensor_pb2.Tensor:
+            ndim = chance.choice((0, 1, 2, 3, 8, 65, 1000))
+            return tensor_pb2.Tensor(
+                data_type=chance.choice((0, 1, 2, 3, 4, 5, 99, 2**31 - 1, -1)),
+                shape=[chance.choice(extents) for _ in range(ndim)],
+                data=bytes(chance.choice((0, 1, 4, 12, 100))),
+            )
+
+        beta = chance.choice((0.0, -0.0, -1.0, float("nan"), float("inf"), 1e-320, 1e308))
+        spec = chance.choice(
+            (
+                pb.LossSpec(smooth_l1=pb.SmoothL1Loss(beta=beta), include_gradient=True),
+                pb.LossSpec(huber=pb.HuberLoss(delta=beta)),
+                pb.LossSpec(mse=pb.MseLoss(), denominator=beta),
+                pb.LossSpec(l1=pb.L1Loss(), reduction=chance.choice((0, 1, 2, 3, 4, 77))),
+                pb.LossSpec(),
+            )
+        )
+        return pb.ComputeLossRequest(
+            specs=[spec] * chance.choice((0, 1, 2, 17)),
+            input=tensor(),
+            target=tensor(),
+            allow_broadcast=chance.random() < 0.5,
+        ).SerializeToString()
+
+
+def check_noise(served: tuple[Program, str], call: Call, count: int) -> None:
+    program, _ = served
+    pid = program.process.pid
+    noise = Noise(26)
+    codes: Counter[str] = Counter()
+    before = 0
+    for number in range(count):
+        if number == count // 4:
+            before = resident_bytes(pid)  # warm by now
+        try:
+            call(noise.message(), timeout=30)
+            codes["OK"] += 1
+        except grpc.RpcError as error:
+            codes[error.code().name] += 1
+            text = error.details() or ""
+            assert not any(word in text for word in INSIDE), text
+    grown = resident_bytes(pid) - before
+    print(f"\n{count} messages of noise: {dict(codes)}, {grown / MIB:.1f} MiB more after the first quarter")
+    assert set(codes) <= DOCUMENTED
+    assert codes["INVALID_ARGUMENT"] > count / 2
+    assert grown < 8 * MIB
+    assert not [line for line in program.logged if "ERROR" in line or "Traceback" in line]
+
+
+def test_r26_noise_gets_documented_codes_and_sees_nothing_of_the_inside(
+    served: tuple[Program, str], call: Call
+) -> None:
+    check_noise(served, call, 3000)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_r26_a_hundred_thousand_messages_of_noise(served: tuple[Program, str], call: Call) -> None:
+    check_noise(served, call, 100_000)
+
+
+def test_r26_noise_on_a_stream_ends_that_stream_or_that_request_alone(served: tuple[Program, str]) -> None:
+    noise = Noise(27)
+    codes: Counter[str] = Counter()
+    with grpc.insecure_channel(served[1]) as channel:
+        method: Any = channel.stream_stream(STREAM_COMPUTE_LOSS)
+        for _ in range(200):
+            good = request([5.0], [0.0], L1).SerializeToString()
+            tagged = [(tag, 0, [noise.message() if tag != 4 else good]) for tag in range(8)]
+            try:
+                (answer,) = method(iter([codec.encode_stream_request(tagged)]), timeout=30)
+                by_tag = {one.tag: one for one in pb.StreamComputeLossResponse.FromString(answer).responses}
+                assert by_tag[4].response.results[0].scalar == 5.0
+                assert len(by_tag) == 8
+                codes["answered"] += 1
+            except grpc.RpcError as error:
+                codes[error.code().name] += 1
+    print(f"\n200 streams of noise around one right request: {dict(codes)}")
+    assert set(codes) <= {"answered", *DOCUMENTED}
+    assert codes["answered"] > 0
