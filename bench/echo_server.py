@@ -68,7 +68,9 @@ def _find(answers: dict[int, bytes], length: int) -> bytes:
 
 async def serve(address: str, echo: Echo) -> None:
     """Serve until SIGTERM or SIGINT."""
-    server = grpc.aio.server(options=server_options(ServerConfig().max_message_bytes, 0.0))
+    server = grpc.aio.server(
+        options=server_options(ServerConfig().max_message_bytes, 0.0, ServerConfig().max_connections)
+    )
     server.add_generic_rpc_handlers([echo.service()])
     health = Health()  # which the SDK's channels ask for
     health.add_to(server)

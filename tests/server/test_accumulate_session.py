@@ -147,7 +147,7 @@ def test_a_slice_that_finds_the_queue_full_waits(start_server: StartServer, conn
     other = stub.ComputeLoss.future(request([1.0], [2.0]), timeout=PATIENCE_SECONDS)
     worker.wait_for_batch()
     stream = Stream(stub, config(MSE), slice_of(1, [1.0], [3.0]))
-    eventually(lambda: running.batcher._admission._is_refusing)
+    eventually(lambda: running.batcher._admission._said_at > 0)
     worker.release()
     assert other.result().results
     assert stream.receive().slice.results[0].scalar == 4.0
