@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +48,7 @@ from lossgrad.loss_methods import LossMethods
 from lossgrad.losses import Loss
 from lossgrad.results import LossResult, ServerInfo
 from lossgrad.sweep import AsyncSweepMethods
-from lossgrad.task_stream import TaskStream
+from lossgrad.task_stream import TaskStream, puller
 from lossgrad.tensor_buffer import filled, gradient_outs
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
 from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
@@ -348,7 +348,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
         stream = TaskStream(self._open_stream)
         if self._memory is not None:
             await self._ask_for_memory(self._memory)
-        pull = _puller(pairs)
+        pull = puller(pairs)
         has_more = True
         try:
             while True:
@@ -414,24 +414,3 @@ class _Connection:
         self.health: Any = channel.unary_unary(HEALTH_CHECK)
         self.stream: Any = channel.stream_stream(STREAM_COMPUTE_LOSS)
         self.coalescer: Coalescer | None = None
-
-
-def _puller(pairs: Iterable[Any] | AsyncIterable[Any]) -> Callable[[], Coroutine[Any, Any, Any]]:
-    """Return a function that gives the next pair, and raises StopAsyncIteration after the last."""
-    if isinstance(pairs, AsyncIterable):
-        asynchronous = aiter(pairs)
-
-        async def pull_async() -> Any:
-            return await anext(asynchronous)
-
-        return pull_async
-    iterator = iter(pairs)
-    end = object()
-
-    async def pull() -> Any:
-        pair = next(iterator, end)
-        if pair is end:
-            raise StopAsyncIteration
-        return pair
-
-    return pull

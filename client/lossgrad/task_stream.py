@@ -1,10 +1,10 @@
-"""StreamComputeLoss calls of an AsyncLossClient: reading and writing them, and the queue between one and a caller's task."""
+"""StreamComputeLoss calls of an AsyncLossClient: reading, writing, the queue between one and a caller's task, and what to send."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
 from typing import Any
 
 import grpc
@@ -109,3 +109,24 @@ async def finish_stream(call: Any) -> None:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise
+
+
+def puller(pairs: Iterable[Any] | AsyncIterable[Any]) -> Callable[[], Coroutine[Any, Any, Any]]:
+    """Return a function that gives the next pair, and raises StopAsyncIteration after the last."""
+    if isinstance(pairs, AsyncIterable):
+        asynchronous = aiter(pairs)
+
+        async def pull_async() -> Any:
+            return await anext(asynchronous)
+
+        return pull_async
+    iterator = iter(pairs)
+    end = object()
+
+    async def pull() -> Any:
+        pair = next(iterator, end)
+        if pair is end:
+            raise StopAsyncIteration
+        return pair
+
+    return pull
