@@ -1,4 +1,4 @@
-"""StreamComputeLoss calls of an AsyncLossClient: reading, writing, the queue between one and a caller's task, and what to send."""
+"""StreamComputeLoss calls of an AsyncLossClient: reading, writing, what is read from, and the queue to a caller's task."""
 
 from __future__ import annotations
 
