@@ -25,7 +25,10 @@ from lossgrad.tensors import (
     read_weight,
 )
 from lossgrad_api.codec import (
+    COMPUTE_LOSS,
+    GET_SERVER_INFO,
     SERVICE,
+    STREAM_COMPUTE_LOSS,
     Buffer,
     CodecError,
     ResponseView,
@@ -36,6 +39,7 @@ from lossgrad_api.codec import (
 from lossgrad_api.v1 import loss_service_pb2 as pb
 
 if TYPE_CHECKING:
+    from lossgrad.channel import Channel
     from lossgrad.shared_memory import SharedMemory
 
 HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
@@ -348,3 +352,14 @@ def stream_ended(ending: Exception | None, target: str) -> LossgradError:
     if isinstance(ending, grpc.RpcError):
         return from_rpc_error(ending, target)
     raise ending
+
+
+class Connection:
+    """A channel, and its four methods on bytes."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.compute = channel.unary_unary(COMPUTE_LOSS)
+        self.info = channel.unary_unary(GET_SERVER_INFO)
+        self.health = channel.unary_unary(HEALTH_CHECK)
+        self.stream = channel.stream_stream(STREAM_COMPUTE_LOSS)

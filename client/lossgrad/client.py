@@ -11,7 +11,6 @@ import dataclasses
 import os
 import threading
 import time
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +19,12 @@ from typing import Any, Literal, NoReturn, Self, Unpack, overload
 import grpc
 import numpy as np
 
+from lossgrad import forking
 from lossgrad.calls import (
     ASK_SECONDS,
-    HEALTH_CHECK,
     HEALTH_REQUEST,
     Answer,
+    Connection,
     Losses,
     Request,
     TensorOptions,
@@ -48,7 +48,6 @@ from lossgrad.sweep import SweepMethods
 from lossgrad.tensor_buffer import filled, gradient_outs
 from lossgrad.thread_stream import ThreadStream, inherited
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
-from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
 
 
 class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
@@ -128,11 +127,11 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         self._limit_bytes = settings.max_message_bytes
         self._given = channel
         self._lock = threading.Lock()
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._is_closed = False
         self._pid = os.getpid()
         self._memory = new_shared_memory(self._ask_for_memory) if settings.shared_memory else None
-        _clients.add(self)
+        forking.watch(self)
 
     def __enter__(self) -> Self:
         return self
@@ -321,7 +320,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         if self._memory is not None:
             self._memory.close()
 
-    def _connected(self) -> _Connection:
+    def _connected(self) -> Connection:
         connection = self._connection
         if connection is not None:
             return connection
@@ -333,7 +332,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
                     raise RuntimeError(
                         "this client's channel belongs to the parent process; make a client after the fork"
                     )
-                self._connection = _Connection(connect(self._settings) if self._given is None else self._given)
+                self._connection = Connection(connect(self._settings) if self._given is None else self._given)
             return self._connection
 
     def _call(self, method: Any, message: bytes, timeout: float | None) -> bytes:
@@ -403,34 +402,14 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         client._set_up(dataclasses.replace(self._settings, target=target), None)
         return client
 
+    def after_fork(self) -> None:
+        """In a forked child: let go of the parent's connections. Called by forking.py."""
+        inherited.append(self._connection)
+        self._connection = None
+        self._lock = threading.Lock()  # another thread of the parent may have held it
+        if self._memory is not None:
+            inherited.append(self._memory)
+            self._memory = new_shared_memory(self._ask_for_memory)
+
     def _open_stream(self, messages: Iterator[bytes]) -> Any:
         return self._connected().stream(messages, timeout=None, metadata=self._metadata)
-
-
-class _Connection:
-    """A channel, and its four methods on bytes."""
-
-    def __init__(self, channel: Channel) -> None:
-        self.channel = channel
-        self.compute = channel.unary_unary(COMPUTE_LOSS)
-        self.info = channel.unary_unary(GET_SERVER_INFO)
-        self.health = channel.unary_unary(HEALTH_CHECK)
-        self.stream = channel.stream_stream(STREAM_COMPUTE_LOSS)
-
-
-_clients: weakref.WeakSet[LossClient] = weakref.WeakSet()
-
-
-def _forget_connections() -> None:
-    """In a forked child: let go of the parent's connections."""
-    for client in list(_clients):
-        inherited.append(client._connection)
-        client._connection = None
-        client._lock = threading.Lock()  # another thread of the parent may have held it
-        if client._memory is not None:
-            inherited.append(client._memory)
-            client._memory = new_shared_memory(client._ask_for_memory)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_connections)
