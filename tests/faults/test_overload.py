@@ -116,6 +116,7 @@ def test_r09_tight_deadlines_cost_the_device_nothing_once_they_have_passed(
     eventually(lambda: running.batcher.admitted_requests == 0)
 
 
+@pytest.mark.faults  # 2,000 calls at a time: on busy cores, beside other tests, its patience runs out
 def test_r10_mass_cancel_leaves_the_others_right_and_nothing_behind(
     start_server: StartServer, connect: Connect
 ) -> None:

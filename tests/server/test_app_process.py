@@ -164,11 +164,8 @@ def test_a_lost_device_ends_it_with_3_after_a_drain(
     assert "the device cpu failed" in str(caught.value.details())
     program.wait_until_logged("Device cpu is lost")
     if stream is not None:
-        # The drain waits for it and answers it, though nothing can be computed any more.
-        answer = stream.ask_again().responses[0]
-        assert answer.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+        assert list(stream.answers) == []  # a drain ends streams that nothing is under way on
         stream.close()
-        assert list(stream.answers) == []
     assert program.end() == 3
     assert program.logged[-1] == "lossgrad-server: device cpu failed; this process cannot use it any more\n"
     assert not any("Traceback" in text for text in program.logged)

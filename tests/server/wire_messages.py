@@ -199,7 +199,7 @@ def shape_field(number: int) -> Bytes:
 
 
 tensor_bytes = soup(
-    number_field(1), shape_field(2), payload_field(3, st.binary(max_size=20)), known=frozenset((1, 2, 3))
+    number_field(1), shape_field(2), payload_field(3, st.binary(max_size=20)), known=frozenset((1, 2, 3, 4))
 )
 spec_bytes = specs.map(lambda spec: spec.SerializeToString())
 request_bytes = soup(
@@ -207,7 +207,7 @@ request_bytes = soup(
     number_field(2),
     text_field(3),
     *(payload_field(number, tensor_bytes) for number in (4, 5, 6, 7)),
-    known=frozenset(range(1, 8)),
+    known=frozenset(range(1, 9)),
 )
 stream_request_bytes = soup(
     payload_field(
@@ -229,7 +229,7 @@ result_bytes = soup(
     known=frozenset(range(1, 9)),
 )
 response_bytes = soup(
-    payload_field(1, stats_bytes), payload_field(2, result_bytes), text_field(3), known=frozenset((1, 2, 3))
+    payload_field(1, stats_bytes), payload_field(2, result_bytes), text_field(3), known=frozenset((1, 2, 3, 15))
 )
 stream_response_bytes = soup(
     payload_field(

@@ -155,7 +155,8 @@ def nearest_sum(address: Any, count: Any, words: Any) -> Any:
 @inlined
 def quotient(total: Any, rest: Any, divisor: Any) -> Any:
     """Return a sum, with what its rounding left, over a divisor, rounded about once. NaN is always the same one."""
-    result = divided(total, rest, divisor)
+    # The sum itself is the nearest already: adding the rest again would round a tie the other way.
+    result = total if divisor == 1.0 else divided(total, rest, divisor)
     return np.nan if np.isnan(result) else result
 
 

@@ -38,7 +38,8 @@ def quotient(partials: tuple[float, ...], divisor: float) -> float:
     """Return an exact sum over a divisor, rounded about once: the same bits as cpu_exact.quotient."""
     high, low, *_ = *partials, 0.0, 0.0
     result = _divided(high, divisor)
-    if math.isfinite(result) and not math.isinf(divisor):
+    # Not by 1: the sum is the nearest already, and adding the rest again would round a tie the other way.
+    if divisor != 1.0 and math.isfinite(result) and not math.isinf(divisor):
         # What the first division left, rounded once, as a fused multiply-add has it.
         rest = float(Fraction(high) - Fraction(result) * Fraction(divisor))
         result += _divided(rest + low, divisor)
