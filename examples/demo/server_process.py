@@ -13,7 +13,8 @@ from typing import Final, Self
 
 # The one line that the server writes to standard output, when it takes requests.
 READY: Final = re.compile(r"^lossgrad-server ready on (?P<target>\S+), metrics (?P<metrics_url>\S+)$")
-START_TIMEOUT_SECONDS: Final = 60.0
+# The first start on a machine compiles the kernels: half a minute of CPU time, and more of it where others are busy.
+START_TIMEOUT_SECONDS: Final = 300.0
 STOP_TIMEOUT_SECONDS: Final = 30.0
 
 
