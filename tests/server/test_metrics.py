@@ -256,7 +256,7 @@ def test_what_callers_name_adds_no_series(running: RunningServer, connect: Conne
 CLOSED = {
     "loss": {"smooth_l1", "huber", "l1", "mse", "mixed", "unknown"},
     "mode": {"loss", "loss_grad", "unknown"},
-    "api": {"native", "stream", "accumulate", "oip"},
+    "api": {"native", "stream", "accumulate", "open_inference", "open_inference_stream"},
     "outcome": {
         "ok", "invalid", "overloaded", "too_large", "deadline", "cancelled", "oom", "device", "internal",
         "unauthenticated",

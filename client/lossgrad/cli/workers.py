@@ -140,7 +140,13 @@ class _Pool:
         for _ in range(count):
             ours, theirs = context.Pipe()
             worker = context.Process(target=_work, args=(theirs, task), name="lossgrad evaluate", daemon=True)
-            worker.start()
+            # Blocked while it starts, and from then on in the worker: ctrl-C reaches the whole group, and one that is still
+            # importing would write a traceback. The parent gets it as soon as it is unblocked.
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                worker.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             theirs.close()
             self._workers.append((worker, ours))
 
