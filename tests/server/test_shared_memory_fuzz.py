@@ -32,7 +32,7 @@ def test_hostile_sequences_neither_crash_it_nor_learn_anything(sequences: int, s
     seconds = time.monotonic() - begun
     assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr[-3000:]}"  # -7 would be SIGBUS
     seen = json.loads(done.stdout)
-    print(f"\n{sequences} hostile sequences, seed {seed}, {seconds:.0f} s: {json.dumps(seen, sort_keys=True)}")
+    print(f"\n{sequences} hostile sequences, seed {seed}, {seconds:.0f} s: {json.dumps(seen, sort_keys=True)}")  # noqa: T201
     assert seen["sequences"] == sequences
     # What must have happened for the above to mean anything.
     least = sequences // 100
