@@ -37,11 +37,25 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str, ensure_ascii=False)
 
 
+class _GoneCallers(logging.Filter):
+    """Keeps out what grpcio reports as an error when a caller goes away while its answer is being written.
+
+    grpcio is silent where it already knows that the call is closed, and logs an ExecuteBatchError where it learns so only
+    from the failed write: the same everyday event, which the metrics count as CANCELLED.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record is to be written."""
+        return not (record.name == "grpc._cython.cygrpc" and "ExecuteBatchError" in record.getMessage())
+
+
 def configure(level: str, style: str, stream: TextIO = sys.stderr, logger: logging.Logger | None = None) -> None:
     """Send a logger (the root) to a stream. `style` is one of FORMATS; "auto" is text on a terminal and JSON elsewhere."""
     is_text = style == "text" or (style == "auto" and stream.isatty())
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter(_TEXT) if is_text else JsonFormatter())
+    if level.upper() != "DEBUG":
+        handler.addFilter(_GoneCallers())
     configured = logger or logging.getLogger()
     configured.handlers[:] = [handler]
     configured.setLevel(level.upper())

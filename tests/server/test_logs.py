@@ -53,3 +53,13 @@ def test_text_is_for_people(style: str, stream: io.StringIO) -> None:
     lines = written(style, stream)
     assert lines[0].endswith(" INFO lossgrad_server.test: Ready on unix:/run/lossgrad.sock")
     assert lines[-1] == "ValueError: boom"
+
+
+@pytest.mark.parametrize(("level", "count"), [("info", 1), ("debug", 2)])
+def test_a_caller_that_goes_away_while_it_is_answered_is_no_error(level: str, count: int) -> None:
+    stream = io.StringIO()
+    logger = logging.Logger("grpc._cython.cygrpc")  # noqa: LOG001 - one that no other test has
+    logs.configure(level, "text", stream, logger)
+    logger.error('ExecuteBatchError: Failed "execute_batch": (SendMessageOperation,)')
+    logger.error("something else")
+    assert len(stream.getvalue().splitlines()) == count
