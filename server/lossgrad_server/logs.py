@@ -12,6 +12,10 @@ from datetime import UTC, datetime
 from typing import Final, TextIO
 
 FORMATS: Final = ("auto", "text", "json")
+# How gRPC says that an answer could not be sent. Callers may hang up when they like, so that is no error of ours, and a
+# hostile one must not fill the log with it.
+_GRPC_LOGGER: Final = "grpc._cython.cygrpc"
+_HUNG_UP: Final = "ExecuteBatchError"
 _TEXT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 # What a LogRecord has of its own; everything else was given by `extra` and belongs into the line.
@@ -37,25 +41,22 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str, ensure_ascii=False)
 
 
-class _GoneCallers(logging.Filter):
-    """Keeps out what grpcio reports as an error when a caller goes away while its answer is being written.
-
-    grpcio is silent where it already knows that the call is closed, and logs an ExecuteBatchError where it learns so only
-    from the failed write: the same everyday event, which the metrics count as CANCELLED.
-    """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether the record is to be written."""
-        return not (record.name == "grpc._cython.cygrpc" and "ExecuteBatchError" in record.getMessage())
-
-
 def configure(level: str, style: str, stream: TextIO = sys.stderr, logger: logging.Logger | None = None) -> None:
     """Send a logger (the root) to a stream. `style` is one of FORMATS; "auto" is text on a terminal and JSON elsewhere."""
     is_text = style == "text" or (style == "auto" and stream.isatty())
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter(_TEXT) if is_text else JsonFormatter())
-    if level.upper() != "DEBUG":
-        handler.addFilter(_GoneCallers())
     configured = logger or logging.getLogger()
     configured.handlers[:] = [handler]
     configured.setLevel(level.upper())
+    of_grpc = logging.getLogger(_GRPC_LOGGER)
+    if _without_hung_up not in of_grpc.filters:
+        of_grpc.addFilter(_without_hung_up)
+
+
+def _without_hung_up(record: logging.LogRecord) -> bool:
+    """Keep gRPC's complaints about callers that hung up for those who debug."""
+    if not record.getMessage().startswith(_HUNG_UP):
+        return True
+    record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+    return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
