@@ -210,6 +210,10 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
     def _compute_one(
         self, input: Any, target: Any, loss: Loss, options: dict[str, Any]
     ) -> Coroutine[Any, Any, LossResult]:
+        connection = self._connection
+        if connection is not None and connection.coalescer is not None and self._memory is None:
+            if (call := connection.coalescer.begin(input, target, loss, **options)) is not None:
+                return call  # type: ignore[return-value]
         return self.compute(input, target, loss, **options)
 
     @overload
@@ -323,8 +327,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
             self._loop = loop
         elif self._loop is not loop:
             raise RuntimeError(
-                "this AsyncLossClient belongs to another event loop, the one in which it was first used; make one "
-                "client "
+                "this AsyncLossClient belongs to another event loop, the one in which it was first used; make one client "
                 "in each asyncio.run(), or use LossClient from several threads"
             )
 
