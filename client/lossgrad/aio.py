@@ -210,11 +210,9 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
     def _compute_one(
         self, input: Any, target: Any, loss: Loss, options: dict[str, Any]
     ) -> Coroutine[Any, Any, LossResult]:
-        connection = self._connection
-        if connection is not None and connection.coalescer is not None and self._memory is None:
-            if (call := connection.coalescer.begin(input, target, loss, **options)) is not None:
-                return call  # type: ignore[return-value]
-        return self.compute(input, target, loss, **options)
+        coalescer = None if self._connection is None or self._memory is not None else self._connection.coalescer
+        call: Any = None if coalescer is None else coalescer.begin(input, target, loss, **options)
+        return self.compute(input, target, loss, **options) if call is None else call
 
     @overload
     def stream(
