@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 import grpc
 import grpc.aio
 
+from lossgrad.throttle import MAX_TOKENS, TOKEN_RATIO
 from lossgrad_api.allocator import keep_large_blocks
 from lossgrad_api.codec import SERVICE
 
@@ -167,6 +168,8 @@ class ChannelSettings:
             "healthCheckConfig": {"serviceName": SERVICE},
         }
         if self.retries:
+            # Where most calls fail, trying them again keeps the server from recovering. throttle.py does it for streams.
+            config["retryThrottling"] = {"maxTokens": MAX_TOKENS, "tokenRatio": TOKEN_RATIO}
             config["methodConfig"] = [
                 {
                     # Not the streams: an open one cannot be retried by gRPC, so the SDK does it (window.py).
