@@ -401,8 +401,9 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
         client._set_up(dataclasses.replace(self._settings, target=target))
         return client
 
-    def _open_stream(self) -> Any:
-        return self._connected().stream(timeout=None, metadata=self._metadata)
+    def _open_stream(self, *, bulk: bool = False) -> Any:
+        metadata = self._settings.metadata_for(bulk=True) if bulk else self._metadata
+        return self._connected().stream(timeout=None, metadata=metadata)
 
 
 class _Connection:

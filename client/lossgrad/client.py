@@ -411,5 +411,6 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
             inherited.append(self._memory)
             self._memory = new_shared_memory(self._ask_for_memory)
 
-    def _open_stream(self, messages: Iterator[bytes]) -> Any:
-        return self._connected().stream(messages, timeout=None, metadata=self._metadata)
+    def _open_stream(self, messages: Iterator[bytes], *, bulk: bool = False) -> Any:
+        metadata = self._settings.metadata_for(bulk=True) if bulk else self._metadata
+        return self._connected().stream(messages, timeout=None, metadata=metadata)
