@@ -56,4 +56,4 @@ proto: $(INSTALLED)  ## write the generated code anew
 	$(BIN)/python proto/generate.py
 
 clean:  ## remove what the other commands made
-	rm -rf $(VENV) .venv-proto .venv-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-proto .venv-lock .node build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
