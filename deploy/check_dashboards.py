@@ -36,17 +36,10 @@ import type { Dashboard } from "@grafana/schema";
 type Plain<T> = 0 extends 1 & T ? T : T extends string ? `${T}` : T extends object ? { [K in keyof T]: Plain<T[K]> } : T;
 type Part<T> = 0 extends 1 & T ? T : T extends string ? `${T}` : T extends object ? { [K in keyof T]?: Part<T[K]> } : T;
 """
-_OPTIONS: Final = [
-    "--noEmit",
-    "--strict",
-    "--skipLibCheck",
-    "--target",
-    "es2022",
-    "--module",
-    "esnext",
-    "--moduleResolution",
-    "bundler",
-]
+_OPTIONS: Final = (
+    *("--noEmit", "--strict", "--skipLibCheck", "--pretty", "false"),
+    *("--target", "es2022", "--module", "esnext", "--moduleResolution", "bundler"),
+)
 
 
 class UnknownPanel(Exception):
