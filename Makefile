@@ -37,7 +37,7 @@ demo: $(INSTALLED)  ## start a server, evaluate real predictions through it, com
 test: lint types pytest  ## set-up, lint, types, all tests
 
 test-faults: $(INSTALLED)  ## every fault that tests/faults/ does to servers, those over a minute too; prints the figures
-	$(BIN)/python -m pytest tests/faults tests/end_to_end/test_drain.py -m 'faults or not faults' -n 0 -s -v
+	$(BIN)/python -m pytest tests/faults tests/end_to_end/test_drain.py tests/server/test_shared_memory_fuzz.py -m 'faults or not faults' -n 0 -s -v
 
 soak: $(INSTALLED)  ## faults of all kinds under load for half an hour (SECONDS=); every answer compared with torch
 	$(BIN)/python -m tests.faults.soak $(SECONDS)

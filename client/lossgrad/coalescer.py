@@ -24,6 +24,7 @@ from lossgrad.errors import Cancelled, LossgradError, ServerError
 from lossgrad.exchange import FRAME_BYTES, Item
 from lossgrad.losses import Loss
 from lossgrad.task_stream import finish_stream, read_stream, write_stream
+from lossgrad.throttle import throttle_of
 
 # Larger requests are calls of their own. Below this a shared stream takes less processor time on both sides than unary
 # calls, for a lone caller too: with tensors of 1 and 64 KiB 0.85 and 0.9 of the client's, 0.65 of the server's. Above,
@@ -104,6 +105,7 @@ class Coalescer:
             retries=settings.retries,
             clock=self._loop.time,
             deliver=_deliver,
+            throttle=throttle_of(settings.target),
         )
         self._limit_bytes = min(COALESCED_BYTES, settings.max_message_bytes - FRAME_BYTES)
         self._streams: dict[int, _Stream] = {}
