@@ -96,20 +96,25 @@ def test_every_base_image_is_pinned_to_a_version() -> None:
     for word, rest in instructions():
         if word == "FROM":
             image, *name = rest.split()
-            assert image in stages or re.fullmatch(r"python:\$\{PYTHON_VERSION\}-slim-bookworm", image), image
+            assert image in stages or image == "python:${PYTHON_VERSION}-slim-bookworm${PYTHON_DIGEST}", image
             stages.update(name[1:])
     assert ("ARG", "PYTHON_VERSION=3.12") in instructions()
+    assert ("ARG", "PYTHON_DIGEST=") in instructions()
 
 
-def test_the_build_takes_pinned_versions_and_no_index_of_its_own() -> None:
+def test_the_build_takes_locked_files_and_no_index_of_its_own() -> None:
     arguments = [rest for word, rest in instructions() if word == "ARG"]
     assert "TORCH_FLAVOR=cpu" in arguments
     assert "TORCH_INDEX_URL=" in arguments  # no address: nothing here names a registry's host
     commands = [part.strip() for word, rest in instructions() if word == "RUN" for part in rest.split("&&")]
     installs = [command for command in commands if re.search(r"/pip .*\binstall\b", command)]
-    assert len(installs) == 4
-    for install in installs:
-        assert "--constraint constraints.txt" in install or "--no-index" in install, install
+    locked = [install for install in installs if "--require-hashes --no-deps --only-binary :all:" in install]
+    assert {install.rpartition(" ")[2] for install in locked} == {"image.txt", "build.txt"}
+    torch, libraries, ours = (install for install in installs if install not in locked)
+    assert "--no-deps" in torch
+    assert torch.endswith("--requirement torch.txt")  # which has the hash, where TORCH_SHA256 is given
+    assert "--constraint constraints.txt" in libraries
+    assert "--no-index" in ours
     assert re.search(r"^torch==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 
 
@@ -122,8 +127,9 @@ def test_what_the_build_copies_exists_and_is_not_ignored() -> None:
     for path in copied:
         assert (ROOT / path).exists(), path
         ignored = False
-        for pattern in patterns:  # the last that matches decides, as Docker does
-            if fnmatch(path, pattern.removeprefix("!")):
+        parts = (path, *(str(folder) for folder in Path(path).parents))
+        for pattern in patterns:  # the last that matches it, or a folder that it is in, decides, as Docker does
+            if any(fnmatch(part, pattern.removeprefix("!")) for part in parts):
                 ignored = not pattern.startswith("!")
         assert not ignored, f".dockerignore keeps {path} from the build"
 

@@ -126,8 +126,12 @@ class ChannelSettings:
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What every call carries."""
+        return self.metadata_for(bulk=self.bulk)
+
+    def metadata_for(self, *, bulk: bool) -> tuple[tuple[str, str], ...]:
+        """Return what a call carries that lets others go first, or that does not."""
         token = () if self.token is None else (("authorization", f"Bearer {self.token}"),)
-        return (*token, ("lossgrad-priority", "bulk")) if self.bulk else token
+        return (*token, ("lossgrad-priority", "bulk")) if bulk else token
 
     @property
     def options(self) -> list[tuple[str, int | str]]:

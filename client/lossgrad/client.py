@@ -212,7 +212,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
     def _send(self, request: Request, timeout: float | None) -> Answer:
         start = time.perf_counter()
         answer = self._call(self._connected().compute, request.message(), timeout)
-        return request.read(answer, time.perf_counter() - start)
+        return request.read(answer, time.perf_counter() - start, is_own=self._given is None)
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = "float32") -> np.ndarray[Any, Any]:
         """Return a new array, as numpy.empty, for tensors to send: in shared memory, nothing of it is then copied.
@@ -411,5 +411,6 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
             inherited.append(self._memory)
             self._memory = new_shared_memory(self._ask_for_memory)
 
-    def _open_stream(self, messages: Iterator[bytes]) -> Any:
-        return self._connected().stream(messages, timeout=None, metadata=self._metadata)
+    def _open_stream(self, messages: Iterator[bytes], *, bulk: bool = False) -> Any:
+        metadata = self._settings.metadata_for(bulk=True) if bulk else self._metadata
+        return self._connected().stream(messages, timeout=None, metadata=metadata)

@@ -60,6 +60,12 @@ def new_bytes(size: int) -> tuple[bytes, int]:
     return made, _address_of(made)
 
 
+def address_of(data: bytes) -> int:
+    """Return where the contents of a bytes object are."""
+    address: int = _address_of(data)
+    return address
+
+
 def writable_view(address: int, size: int) -> memoryview:
     """Return a writable view of memory, which does not keep alive what the memory belongs to."""
     view: memoryview = _view(address, size, _WRITABLE)

@@ -163,9 +163,14 @@ def stream_response_parts(responses: Iterable[tuple[int, Sequence[Buffer] | stat
     return message
 
 
-def decode_compute_response(data: bytes, start: int = 0, end: int | None = None) -> ResponseView:
-    """Return the ComputeLossResponse `data[start:end]`; its tensors' data are views into `data`. Raises CodecError."""
-    return _decode_response(data, memoryview(data), start, len(data) if end is None else end)
+def decode_compute_response(
+    data: bytes, start: int = 0, end: int | None = None, *, view: memoryview | None = None
+) -> ResponseView:
+    """Return the ComputeLossResponse `data[start:end]`. Raises CodecError.
+
+    Its tensors' data are views into `data`: slices of `view`, which is one of all of `data`, if it is given.
+    """
+    return _decode_response(data, memoryview(data) if view is None else view, start, len(data) if end is None else end)
 
 
 def _read_span(data: bytes, position: int, end: int) -> tuple[int, int]:
