@@ -6,6 +6,7 @@ import select
 import socket
 import time
 from collections import Counter
+from typing import Any
 
 import pytest
 from hpack import Decoder, HPACKError
@@ -45,7 +46,7 @@ class Answers:
             kind, flags, payload = self._data[3], self._data[4], self._data[9 : 9 + size]
             self._data = self._data[9 + size :]
             if kind == http2.HEADERS:
-                fields = dict(self._decoder.decode(payload))
+                fields: dict[Any, Any] = dict(self._decoder.decode(payload))
                 if "grpc-status" in fields:
                     self.statuses[str(fields["grpc-status"])] += 1
                     if fields.get("grpc-message"):
