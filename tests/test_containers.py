@@ -170,6 +170,15 @@ def test_compose_files_and_their_sum_follow_the_compose_specification(tmp_path: 
 
 
 @pytest.mark.parametrize("files", STACKS)
+def test_docker_compose_itself_reads_them(files: list[Path]) -> None:
+    docker = tool("docker")
+    found = subprocess.run([docker, "compose", "version"], capture_output=True, text=True, check=False, timeout=60)
+    if found.returncode:
+        pytest.skip(f"docker compose is not installed: {found.stderr.strip().splitlines()[:1]}")
+    run(docker, "compose", *(part for file in files for part in ("--file", file)), "config", "--quiet")
+
+
+@pytest.mark.parametrize("files", STACKS)
 def test_compose_publishes_on_the_loopback_only(files: list[Path]) -> None:
     published = {name: service.get("ports", []) for name, service in compose(*files)["services"].items()}
     assert published["lossgrad"] == ["127.0.0.1:50051:50051", "127.0.0.1:8002:8002"]
@@ -216,6 +225,9 @@ def test_the_gpu_override_asks_for_a_gpu_and_fails_without_one() -> None:
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     assert service["environment"]["LOSSGRAD_DEVICE"] == "cuda:0"
+    # Triton loads what it has compiled, which Docker forbids in a tmpfs that does not say exec.
+    (cache,) = (mount for mount in service["tmpfs"] if mount.startswith(service["environment"]["TRITON_CACHE_DIR"]))
+    assert "exec" in cache.partition(":")[2].split(",")
     assert service["build"]["args"]["TORCH_FLAVOR"].startswith("cu")
     alone = compose(COMPOSE_FILES[0])["services"]["lossgrad"]
     assert service["image"] != alone["image"]

@@ -55,6 +55,8 @@ MAX_SPECS: Final = 16
 JOINED_BYTES: Final = 256 * 1024
 # From this size on an answer's arrays are made in the memory that it came in. Below it a copy costs less.
 OWNED_BYTES: Final = 64 * 1024
+# No server may be told to find so small a request too large, nor its answer: 64 KiB is its least limit. So it is not cut.
+UNCUT_BYTES: Final = 16 * 1024
 _MAX_FORMS: Final = 1024
 # How long a call may wait to learn whether the server shares memory.
 ASK_SECONDS: Final = 5.0
@@ -236,15 +238,15 @@ def prepare(
     return Request(parts, byte_count, losses, is_single, input_family, target_family, result_type)
 
 
-def known_request(input: Any, target: Any, loss: Loss, limit_bytes: int) -> Request | None:
-    """Return the request for two arrays and no options, if one of its form was made before; None for any other.
+def known_request(input: Any, target: Any, loss: Loss) -> Request | None:
+    """Return the request for two small arrays and no options, if one of its form was made before; None for any other.
 
-    The shortest way to a request of less than `limit_bytes`, for those who make thousands a second.
+    The shortest way to a request, for those who make thousands a second. It is of less than UNCUT_BYTES.
     """
     if not (is_array(input) and is_array(target)):
         return None
     form = _forms.get((input.dtype, input.shape, target.dtype, target.shape, False, loss.serialized))
-    if form is None or form.byte_count >= limit_bytes:
+    if form is None or form.byte_count >= UNCUT_BYTES:
         return None
     parts = form.parts(input, target)
     return None if parts is None else Request(parts, form.byte_count, (loss,), True, NUMPY, NUMPY, form.result_type)

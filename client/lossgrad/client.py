@@ -30,6 +30,7 @@ from lossgrad.calls import (
     TensorOptions,
     as_losses,
     deadline_seconds,
+    known_request,
     new_shared_memory,
     prepare,
     read_info,
@@ -222,7 +223,10 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         return np.empty(shape, dtype) if self._memory is None else self._memory.empty(shape, dtype)
 
     def _compute_one(self, input: Any, target: Any, loss: Loss, options: dict[str, Any]) -> LossResult:
-        return self.compute(input, target, loss, **options)
+        request = known_request(input, target, loss) if not options and self._memory is None else None
+        if request is None or request.byte_count > self._limit_bytes:
+            return self.compute(input, target, loss, **options)
+        return self._send(request, None)  # type: ignore[return-value] # that of one loss
 
     @overload
     def stream(

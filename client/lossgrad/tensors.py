@@ -153,6 +153,8 @@ def tensor_of(family: Family, wire: WireTensor) -> Any:
     It is where it lies in an `own_view`, is aligned, and is most of what that holds: no array keeps much more memory than
     its own alive. Otherwise the array is a copy.
     """
+    if len(wire.data) <= _SMALL_BYTES:
+        return family.tensor(wire)
     whole: Any = wire.data.obj if isinstance(wire.data, memoryview) else None
     if isinstance(getattr(whole, "base", None), _Memory) and 2 * len(wire.data) > whole.nbytes:
         address = np.frombuffer(wire.data, np.uint8).__array_interface__["data"][0]

@@ -77,6 +77,12 @@ def join_without_gil(parts: Sequence[Buffer]) -> bytes:
     if not IS_SUPPORTED:
         return b"".join(parts)
     joined, address = new_bytes(sum(map(len, parts)))
+    write_without_gil(address, parts)
+    return joined
+
+
+def write_without_gil(address: int, parts: Sequence[Buffer]) -> None:
+    """Copy the parts, which are contiguous, one behind the other to memory of `new_bytes`. Other threads run meanwhile."""
     source = _PyBuffer()
     for part in parts:
         _get_buffer(part, source, _SIMPLE)
@@ -85,4 +91,3 @@ def join_without_gil(parts: Sequence[Buffer]) -> bytes:
         finally:
             _release_buffer(source)
         address += len(part)
-    return joined
