@@ -11,13 +11,16 @@ import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
 from lossgrad.calls import JOINED_BYTES, Answer, Request
 from lossgrad.errors import DeadlineExceeded, InvalidRequest, LossgradError, ServerError, from_status
 from lossgrad_api.codec import Buffer, CodecError, ResponseView, decode_stream_response, encode_stream_request
+
+if TYPE_CHECKING:
+    from lossgrad.metrics import MethodMetrics
 
 # The server takes at least this many (ServerLimits.max_stream_requests); more per message gains little.
 MAX_REQUESTS_PER_MESSAGE: Final = 64
@@ -100,11 +103,13 @@ class Exchange:
         bytes_per_message: int,
         retries: int,
         finish: Callable[[Item, Answer | LossgradError], None],
+        metrics: MethodMetrics | None = None,
     ) -> None:
         self.requests_per_message = requests_per_message
         self.bytes_per_message = bytes_per_message
         self._retries = retries
         self._finish = finish
+        self._metrics = metrics
         self._sent: dict[int, Item] = {}
         self._put_off: dict[int, Item] = {}
         # Before this nothing is late and nothing due. May be early: what it stood for may be answered since.
@@ -182,6 +187,8 @@ class Exchange:
             item.request, item.message, item.due_at = other, None, now
             self._put_off[item.tag] = item
             self.wake_at = min(self.wake_at, now)
+            if self._metrics is not None:
+                self._metrics.retried(error)
             return
         if error.reason == "DRAINING":
             self.draining.add(item.stream)
@@ -195,6 +202,8 @@ class Exchange:
             return
         self._put_off[item.tag] = item
         self.wake_at = min(self.wake_at, item.due_at)
+        if self._metrics is not None:
+            self._metrics.retried(error)
 
     def take_due(self, now: float) -> list[Item]:
         """Return the items to send again now; give up what is past its deadline."""
@@ -228,7 +237,10 @@ class Exchange:
     def lose(self, stream: int, error: LossgradError, now: float) -> None:
         """Take note that a stream is gone: what is unanswered is put off to be sent again, or failed."""
         jitter = _jitter()  # one for all, which then travel together again
-        for item in self.take_sent(stream):
+        items = self.take_sent(stream)
+        if self._metrics is not None and not all(item.is_forgotten for item in items):
+            self._metrics.reconnected(error)
+        for item in items:
             own = copy.copy(error)  # one for each caller: an exception that is raised carries where
             own.__cause__ = error.__cause__
             self.fail(item, own, now, jitter)
