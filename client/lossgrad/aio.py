@@ -218,7 +218,11 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
     def _compute_one(
         self, input: Any, target: Any, loss: Loss, options: dict[str, Any]
     ) -> Coroutine[Any, Any, LossResult]:
-        return self.compute(input, target, loss, **options)
+        coalescer = None if self._connection is None or self._memory is not None else self._connection.coalescer
+        call: Any = None if coalescer is None else coalescer.begin(input, target, loss, **options)
+        if call is not None and self._metrics is not None:
+            self._metrics.follow(call)
+        return self.compute(input, target, loss, **options) if call is None else call
 
     @overload
     def stream(
@@ -331,8 +335,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
             self._loop = loop
         elif self._loop is not loop:
             raise RuntimeError(
-                "this AsyncLossClient belongs to another event loop, the one in which it was first used; make one "
-                "client "
+                "this AsyncLossClient belongs to another event loop, the one in which it was first used; make one client "
                 "in each asyncio.run(), or use LossClient from several threads"
             )
 

@@ -235,6 +235,20 @@ def prepare(
     return Request(parts, byte_count, losses, is_single, input_family, target_family, result_type)
 
 
+def known_request(input: Any, target: Any, loss: Loss, limit_bytes: int) -> Request | None:
+    """Return the request for two arrays and no options, if one of its form was made before; None for any other.
+
+    The shortest way to a request of less than `limit_bytes`, for those who make thousands a second.
+    """
+    if not (is_array(input) and is_array(target)):
+        return None
+    form = _forms.get((input.dtype, input.shape, target.dtype, target.shape, False, loss.serialized))
+    if form is None or form.byte_count >= limit_bytes:
+        return None
+    parts = form.parts(input, target)
+    return None if parts is None else Request(parts, form.byte_count, (loss,), True, NUMPY, NUMPY, form.result_type)
+
+
 def encode(
     input: Any,
     target: Any,

@@ -167,26 +167,26 @@ class Cut:
         return max(1, (min(self._aim_bytes, most_bytes) - fixed_bytes) // max(1, unit_bytes))
 
     def slices(self) -> Iterator[CutSlice]:
-        """Give the slices one after the other; each is read when it is asked for."""
+        """Give the slices one after the other; each is read when it is asked for, and let go of with the next."""
         operands = self.operands
+        every = (operands.input, operands.target, operands.weight, operands.mask)
         row_elements = math.prod(self.shape[1:])
         for start in range(0, max(1, self.element_count), max(1, self._step)):
             stop = min(start + self._step, self.element_count)
-            ranges = [
-                None if each is None else self._range(each, start, stop, row_elements)
-                for each in (operands.input, operands.target, operands.weight, operands.mask)
-            ]
+            ranges = [None if each is None else self._range(each, start, stop, row_elements) for each in every]
             input, target, weight, mask = (
                 None if each is None or place is None else self._take(each, *place)
-                for each, place in zip(
-                    (operands.input, operands.target, operands.weight, operands.mask), ranges, strict=True
-                )
+                for each, place in zip(every, ranges, strict=True)
             )
             assert input is not None  # noqa: S101 - for the type checker
             assert target is not None  # noqa: S101
             assert ranges[0] is not None  # noqa: S101
             assert ranges[1] is not None  # noqa: S101
             yield CutSlice(start, stop, ranges[0], ranges[1], input, target, weight, mask)
+            # By now it is copied into a message.
+            for each, place in zip(every, ranges, strict=True):
+                if each is not None and place is not None and each.shape == self.shape:
+                    each.release(*place)
 
     def _range(self, source: Source, start: int, stop: int, row_elements: int) -> tuple[int, int]:
         """Return where a source's elements for a range of the result's are."""

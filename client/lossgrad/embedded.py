@@ -20,13 +20,14 @@ def embedded(*, timeout: float | None = None, **server_settings: Any) -> Iterato
 
     try:
         from lossgrad_server.app import EmbeddedServer
+
+        server = EmbeddedServer(**server_settings)
+        server.start()
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"lossgrad.embedded() needs the server ({error.name} is not installed): pip install 'lossgrad[server]'",
             name=error.name,
         ) from error
-    server = EmbeddedServer(**server_settings)
-    server.start()
     try:
         with LossClient.from_channel(
             server.channel(),

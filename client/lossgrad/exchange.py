@@ -107,6 +107,8 @@ class Exchange:
     ) -> None:
         self.requests_per_message = requests_per_message
         self.bytes_per_message = bytes_per_message
+        # A request of this size has a message of its own, joined at once; smaller ones are joined already.
+        self._alone_bytes = min(JOINED_BYTES, bytes_per_message)
         self._retries = retries
         self._finish = finish
         self._metrics = metrics
@@ -124,18 +126,19 @@ class Exchange:
         return bool(self._sent)
 
     def is_alone(self, byte_count: int) -> bool:
-        """Whether a request of this size has a message of its own, joined at once; smaller ones are joined already."""
-        return byte_count >= min(JOINED_BYTES, self.bytes_per_message)
+        """Whether a request of this size has a message of its own."""
+        return byte_count >= self._alone_bytes
 
     def pack(self, items: Iterable[Item], now: float, stream: int = 1) -> list[bytes]:
         """Return messages of these items, which are sent from now on."""
         messages: list[bytes] = []
         packed: list[tuple[int, int, list[Buffer]]] = []
         packed_bytes = 0
+        sent, alone_bytes = self._sent, self._alone_bytes
         for item in items:
             request = item.request
             deadline = item.deadline
-            self._sent[item.tag] = item
+            sent[item.tag] = item
             item.stream = stream
             if deadline is None:
                 timeout_ns = 0
@@ -143,7 +146,7 @@ class Exchange:
                 # In whole milliseconds, so that requests that were added together have equal ones: those are encoded once.
                 timeout_ns = max(1, int((deadline - now) * 1e3)) * 1_000_000
                 self.wake_at = min(self.wake_at, deadline)
-            if self.is_alone(request.byte_count):
+            if request.byte_count >= alone_bytes:
                 if item.message is None:
                     item.message = encode_stream_request([(item.tag, timeout_ns, request.parts)])
                     request.parts.clear()  # the caller's arrays are not needed, nor to be read, from here on

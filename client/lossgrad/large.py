@@ -33,7 +33,7 @@ from lossgrad.thread_lanes import OpenStream, ThreadLanes
 from lossgrad_api.codec import StatsView, WireTensor, encode_compute_request
 from lossgrad_api.loss_totals import LossTotal
 
-SLICE_BYTES: Final = 8 * 1024 * 1024
+SLICE_BYTES: Final = 4 * 1024 * 1024
 IN_FLIGHT_BYTES: Final = 4 * SLICE_BYTES
 _UINT8: Final = next(number for number, name in NAMES.items() if name == "uint8")
 _COUNTED_ELEMENTS: Final = 1 << 24

@@ -6,12 +6,14 @@ scrape reads under the same; prometheus_client is imported by the first scrape, 
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 import weakref
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from lossgrad import errors, forking
@@ -249,6 +251,18 @@ class MethodMetrics:
             with self._metrics.lock:
                 self._calls -= 1
             self.finished(outcome, time.perf_counter() - start)
+
+    def follow(self, call: asyncio.Future[Any]) -> None:
+        """Count a call that is under way as one request."""
+        with self._metrics.lock:
+            self._calls += 1
+        call.add_done_callback(partial(self._followed, time.perf_counter()))
+
+    def _followed(self, start: float, call: asyncio.Future[Any]) -> None:
+        with self._metrics.lock:
+            self._calls -= 1
+        outcome = asyncio.CancelledError() if call.cancelled() else call.exception()
+        self.finished(outcome, time.perf_counter() - start)
 
     def finished(self, outcome: object, seconds: float) -> None:
         """Count a request that came to an end; `outcome` is its error, or anything else."""

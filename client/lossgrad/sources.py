@@ -6,6 +6,7 @@ A Source stands for an array of any kind that `read_operand` takes: in memory, m
 from __future__ import annotations
 
 import math
+import mmap
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ class Source:
         self._array = array
         self._element = b""  # where all elements are the same, and there is no array
         self._data: Buffer | None = self._read(array).data if _lies_flat(array) and name != "weight" else None
+        self._pages = None if self._data is None else MappedPages.of(array)
 
     @classmethod
     def of_wire(cls, wire: WireTensor, family: Family, name: str) -> Source:
@@ -38,6 +40,7 @@ class Source:
         source.name, source.shape, source.data_type, source.family = name, wire.shape, wire.data_type, family
         source.element_count, source.itemsize = math.prod(wire.shape), ITEMSIZES[wire.data_type]
         source._array, source._data, source._element = None, wire.data, b""
+        source._pages = None
         return source
 
     def expanded(self, shape: tuple[int, ...]) -> Source:
@@ -73,6 +76,11 @@ class Source:
             return self._element * (stop - start)
         pieces = self._pieces(self._array, start, stop)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def release(self, start: int, stop: int) -> None:
+        """Take note that these elements were read and sent. Pages of a file that they were read from are let go."""
+        if self._pages is not None:
+            self._pages.release(start * self.itemsize, stop * self.itemsize)
 
     def rows(self, start: int, stop: int) -> WireTensor:
         """Return some of the rows (indices of the first dimension) as a tensor."""
@@ -112,6 +120,38 @@ class Source:
         if self.name == "weight":
             return read_weight(array)
         return read_mask(array) if self.name == "mask" else read_operand(array, self.name).wire
+
+
+class MappedPages:
+    """The pages of a file that a numpy.memmap holds in memory, one after the other as they are touched, unless let go.
+
+    What was written to them is not lost: it is the file's.
+    """
+
+    def __init__(self, mapping: mmap.mmap, offset: int) -> None:
+        """`offset` is where in the mapping the array begins."""
+        self._mapping = mapping
+        self._offset = offset
+
+    @classmethod
+    def of(cls, array: Any) -> MappedPages | None:
+        """Return those of an array that lies in C order; None if it is not mapped, or is a private copy ("c")."""
+        owner, is_shared = array, False
+        while isinstance(owner, np.ndarray):
+            if isinstance(owner, np.memmap):
+                is_shared = owner.mode != "c"
+            owner = owner.base
+        if not (is_shared and isinstance(owner, mmap.mmap) and hasattr(owner, "madvise")):
+            return None
+        begin = np.frombuffer(owner, np.uint8).ctypes.data
+        return cls(owner, array.ctypes.data - begin)
+
+    def release(self, start: int, stop: int) -> None:
+        """Let go of the whole pages among these bytes of the array; whoever touches them reads them anew."""
+        first = -(-(self._offset + start) // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (self._offset + stop) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0:
+            self._mapping.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 def as_indexable(array: Any) -> Any:

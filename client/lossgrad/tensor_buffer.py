@@ -13,6 +13,7 @@ from lossgrad.calls import Answer
 from lossgrad.errors import InvalidRequest, ServerError
 from lossgrad.losses import Loss
 from lossgrad.results import LossResult
+from lossgrad.sources import MappedPages
 from lossgrad.tensors import ITEMSIZES, NAMES, Family, read_operand
 from lossgrad_api.codec import WireTensor
 
@@ -26,6 +27,7 @@ class TensorBuffer:
         self._family = family
         self._itemsize = ITEMSIZES[data_type]
         self._out = out
+        self._pages = None if out is None else MappedPages.of(out)
         if out is not None:
             self._bytes = _writable(out, data_type, shape)
         else:
@@ -41,6 +43,8 @@ class TensorBuffer:
                 f"{stop - start} elements of {NAMES[self._data_type]}"
             )
         self._bytes[start * self._itemsize : stop * self._itemsize] = wire.data
+        if self._pages is not None:
+            self._pages.release(start * self._itemsize, stop * self._itemsize)
 
     def value(self) -> Any:
         """Return the tensor: the caller's array, or one of the caller's kind."""

@@ -20,7 +20,7 @@ def main() -> int:
         from lossgrad_server.security import security
 
         security(config)  # files that cannot be read are told at once, too
-        # Only now, so that --help and a bad setting do not wait seconds for torch.
+        # Only now, so that --help and a bad setting do not wait seconds for what computes.
         from lossgrad_server.app import DeviceLost, run
         from lossgrad_server.engine import cpu_target
 

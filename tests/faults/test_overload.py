@@ -116,7 +116,6 @@ def test_r09_tight_deadlines_cost_the_device_nothing_once_they_have_passed(
     eventually(lambda: running.batcher.admitted_requests == 0)
 
 
-@pytest.mark.faults  # 2,000 calls at a time: on busy cores, beside other tests, its patience runs out
 def test_r10_mass_cancel_leaves_the_others_right_and_nothing_behind(
     start_server: StartServer, connect: Connect
 ) -> None:
@@ -125,7 +124,9 @@ def test_r10_mass_cancel_leaves_the_others_right_and_nothing_behind(
     call = stub_on(connect(running.address)).ComputeLoss
     worker.hold()
     calls = [call.future(request([float(k)] * 8, [0.0] * 8, L1), timeout=60) for k in range(2000)]
-    eventually(lambda: running.batcher.admitted_requests == 2000)
+    # None is lost on the way: left to itself, gRPC resets some of a burst of over a thousand calls.
+    eventually(lambda: running.batcher.admitted_requests == 2000 or any(one.done() for one in calls))
+    assert [one.code() for one in calls if one.done()] == []
     for one in calls[::2]:
         one.cancel()
     kept = calls[1::2]

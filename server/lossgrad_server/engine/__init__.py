@@ -2,20 +2,20 @@
 
 On the CPU the kernels are compiled by numba (cpu_*.py), on CUDA by Triton (cuda_*.py). The plain engine (torch_worker.py)
 does the same with torch's own operations, slower: the way out where the kernels do not run, and what they are held
-against. Importing this imports torch, so only app does, and only where it starts a server.
+against. torch is imported for a CUDA device and for the plain engine only: a server on the CPU computes without it, which
+saves it seconds at its start and a third of its memory.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+from typing import Any
 
-import torch
-
-from lossgrad_server.engine.devices import determinism_of, device_model, gpu_uuid, resolve_device, torch_version
-from lossgrad_server.engine.torch_worker import TorchWorker
+from lossgrad_server.engine import torch_build
 from lossgrad_server.work import DeviceWorker
 
-__all__ = ["create_worker", "determinism", "gpu_uuid", "resolve_device", "torch_version"]
+__all__ = ["create_worker", "determinism", "gpu_uuid", "torch_version"]
 
 
 def create_worker(device: str, threads: int | None, kind: str = "fused") -> DeviceWorker:
@@ -24,26 +24,58 @@ def create_worker(device: str, threads: int | None, kind: str = "fused") -> Devi
     `threads` is how many threads compute one large request on the CPU; None takes every core that this process may use.
     `kind` is "fused", for the compiled kernels, or "plain", for torch's operations.
     """
+    is_surely_cpu = device == "cpu" or (device == "auto" and not torch_build.is_for_cuda())
+    if kind == "fused" and is_surely_cpu:
+        return _cpu_worker(threads)
+    from lossgrad_server.engine.devices import resolve_device
+
     resolved = resolve_device(device)
     if kind == "plain":
+        from lossgrad_server.engine.torch_worker import TorchWorker
+
         return TorchWorker(resolved, threads)
     if resolved.type == "cpu":
-        from lossgrad_server.engine.cpu_worker import CpuWorker
-
-        return CpuWorker(threads or len(os.sched_getaffinity(0)))
+        return _cpu_worker(threads)
     from lossgrad_server.engine.cuda_worker import CudaWorker
 
     return CudaWorker(resolved)
 
 
+def _cpu_worker(threads: int | None) -> DeviceWorker:
+    from lossgrad_server.engine.cpu_worker import CpuWorker
+
+    return CpuWorker(threads or len(os.sched_getaffinity(0)))
+
+
 def determinism(worker: DeviceWorker) -> str:
     """Return what the worker's results depend on to the bit. Equal strings mean equal bits."""
-    if isinstance(worker, TorchWorker):
-        return determinism_of(torch.device(worker.device))
-    if worker.device == "cpu":
+    plain: Any = sys.modules.get("lossgrad_server.engine.torch_worker")
+    is_plain = plain is not None and isinstance(worker, plain.TorchWorker)
+    if worker.device == "cpu" and not is_plain:
         from lossgrad_server.engine import cpu_worker
 
         return cpu_worker.determinism()
+    import torch
+
+    from lossgrad_server.engine import devices
+
+    device = torch.device(worker.device)
+    if is_plain:
+        return devices.determinism_of(device)
     from lossgrad_server.engine import cuda_worker
 
-    return f"{cuda_worker.determinism()}; {device_model(torch.device(worker.device))}"
+    return f"{cuda_worker.determinism()}; {devices.device_model(device)}"
+
+
+def gpu_uuid(device: str) -> str | None:
+    """Return the UUID of a GPU ("GPU-..."), by which NVIDIA's tools name it; None for the CPU."""
+    if not device.startswith("cuda"):
+        return None
+    from lossgrad_server.engine import devices
+
+    return devices.gpu_uuid(device)
+
+
+def torch_version() -> str:
+    """Return the version of the torch that is installed, with its build: "2.13.0+cpu"."""
+    return torch_build.version()

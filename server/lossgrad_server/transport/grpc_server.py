@@ -28,6 +28,8 @@ _LIMIT_SLACK_BYTES: Final = 1 << 20
 # Tokens and trace contexts take hundreds. gRPC's own limits do not hold for metadata that come compressed.
 _MAX_METADATA_BYTES: Final = 16 * 1024
 
+_MAX_PENDING_CALLS: Final = 8192
+
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
@@ -130,6 +132,11 @@ def server_options(
         # Finds peers that are gone without a word, and those that read nothing at all.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        # Calls that wait for the event loop. Beyond a thousand gRPC throws dice and resets some of them, which their callers
+        # see as CANCELLED: a burst would lose calls that admission would have taken, or refused with a push-back. So many
+        # are four seconds of a busy event loop, and cost 200 MB at most.
+        ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
         # A second server on the same port must fail at once, and not take half of the connections.
         ("grpc.so_reuseport", 0),
     ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from lossgrad_server import engine
-from lossgrad_server.engine import devices
+from lossgrad_server.engine import devices, torch_build
 
 
 def pretend_cuda_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -81,3 +84,28 @@ def test_a_worker_warms_up_and_closes(kind: str) -> None:
     worker = engine.create_worker("cpu", None, kind)
     worker.warm_up()
     worker.close()
+
+
+def test_the_build_of_torch_is_known_without_importing_it() -> None:
+    assert torch_build.version() == torch.__version__
+    assert torch_build.is_for_cuda() == (torch.version.cuda is not None)
+
+
+COMPUTE = """
+import sys
+import lossgrad
+with lossgrad.embedded(device={device!r}, threads=1) as client:
+    assert client.l1([1.0], [3.0]).value == 2.0
+    assert client.info().torch_version
+print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_a_server_on_the_cpu_does_not_import_torch(device: str) -> None:
+    if device == "auto" and torch_build.is_for_cuda():
+        pytest.skip("this torch is built for CUDA, and asked whether there is a device")
+    done = subprocess.run(
+        [sys.executable, "-c", COMPUTE.format(device=device)], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr
