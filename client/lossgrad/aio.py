@@ -21,6 +21,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
+from lossgrad import tracing
 from lossgrad.calls import (
     ASK_SECONDS,
     HEALTH_REQUEST,
@@ -218,7 +219,8 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
     def _compute_one(
         self, input: Any, target: Any, loss: Loss, options: dict[str, Any]
     ) -> Coroutine[Any, Any, LossResult]:
-        coalescer = None if self._connection is None or self._memory is not None else self._connection.coalescer
+        is_plain = self._connection is not None and self._memory is None and not tracing.is_on()
+        coalescer = self._connection.coalescer if self._connection is not None and is_plain else None
         call: Any = None if coalescer is None else coalescer.begin(input, target, loss, **options)
         if call is not None and self._metrics is not None:
             self._metrics.follow(call)
@@ -342,7 +344,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
     async def _call(self, method: Any, message: bytes, timeout: float | None) -> bytes:
         seconds = deadline_seconds(timeout, self._settings.timeout)
         try:
-            answer: bytes = await method(message, timeout=seconds, metadata=self._metadata)
+            answer: bytes = await method(message, timeout=seconds, metadata=tracing.traced(self._metadata))
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._settings.target) from error
         except asyncio.CancelledError as error:
@@ -402,4 +404,4 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
         return client
 
     def _open_stream(self) -> Any:
-        return self._connected().stream(timeout=None, metadata=self._metadata)
+        return self._connected().stream(timeout=None, metadata=tracing.traced(self._metadata))

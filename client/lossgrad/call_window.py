@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from lossgrad import tracing
 from lossgrad.calls import Answer, Request
 from lossgrad.errors import LossgradError
 from lossgrad.exchange import FULL_MESSAGE_BYTES, MAX_REQUESTS_PER_MESSAGE, Exchange, Item, Room, too_late
@@ -86,6 +87,8 @@ class CallWindow:
         now = self._clock()
         deadline = None if timeout is None else now + timeout
         call = Item(self._next_tag, request, now, timeout, deadline, caller)
+        if tracing.is_on():
+            call.trace = tracing.current_fields()
         self._next_tag += 1
         self._waiting[call.tag] = call
         if deadline is not None and deadline < self._first_deadline:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from lossgrad import tracing
 from lossgrad.errors import InvalidRequest, LossgradError, RequestTooLarge, ServerError, Unavailable, from_rpc_error
 from lossgrad.losses import Loss
 from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing, new_loss_result, new_timing
@@ -176,8 +177,16 @@ _UNWATCHED: Final = nullcontext()
 
 
 def watched(metrics: MethodMetrics | None) -> AbstractContextManager[None]:
-    """Return what counts the call that runs inside; where nothing counts, what does nothing, and costs as little."""
-    return _UNWATCHED if metrics is None else metrics.call()
+    """Return what counts and traces the call that runs inside; where nothing does, it costs next to nothing."""
+    if not tracing.is_on():
+        return _UNWATCHED if metrics is None else metrics.call()
+    return _counted_and_traced(metrics)
+
+
+@contextmanager
+def _counted_and_traced(metrics: MethodMetrics | None) -> Iterator[None]:
+    with _UNWATCHED if metrics is None else metrics.call(), tracing.call_span("lossgrad.compute"):
+        yield
 
 
 def new_shared_memory(ask: Callable[[], bytes] | None = None) -> SharedMemory:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, overload
 import grpc
 import numpy as np
 
-from lossgrad import forking
+from lossgrad import forking, tracing
 from lossgrad.calls import (
     ASK_SECONDS,
     HEALTH_REQUEST,
@@ -349,7 +349,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
     def _call(self, method: Any, message: bytes, timeout: float | None) -> bytes:
         seconds = deadline_seconds(timeout, self._settings.timeout)
         try:
-            answer: bytes = method(message, timeout=seconds, metadata=self._metadata)
+            answer: bytes = method(message, timeout=seconds, metadata=tracing.traced(self._metadata))
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._settings.target) from error
         return answer
@@ -413,4 +413,4 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
             self._memory = new_shared_memory(self._ask_for_memory)
 
     def _open_stream(self, messages: Iterator[bytes]) -> Any:
-        return self._connected().stream(messages, timeout=None, metadata=self._metadata)
+        return self._connected().stream(messages, timeout=None, metadata=tracing.traced(self._metadata))

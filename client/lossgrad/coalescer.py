@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Generator
+from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -252,7 +253,8 @@ class Coalescer:
     def _open(self) -> _Stream:
         self._opened += 1
         now = self._loop.time()
-        stream = _Stream(self._opened, self._open_stream(), now, now)
+        # In no caller's context: each request says which trace it belongs to.
+        stream = _Stream(self._opened, Context().run(self._open_stream), now, now)
         stream.reader = self._loop.create_task(read_stream(stream.call, partial(self._receive, stream)))
         self._streams[stream.number] = stream
         self._ring_by(now + MAX_IDLE_SECONDS)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 MAX_REQUESTS_PER_MESSAGE: Final = 64
 # Streams of 1 to 4 MiB messages reach a unary call's bandwidth.
 FULL_MESSAGE_BYTES: Final = 1024 * 1024
-# What a request in a message takes beside its own bytes: tags, lengths, its number, its timeout.
-FRAME_BYTES: Final = 64
+# What a request in a message takes beside its own bytes: tags, lengths, its number, its timeout, its trace.
+FRAME_BYTES: Final = 128
 # What may be gone with another attempt. CANCELLED by whoever is not this side: see channel.py.
 TRANSIENT: Final = frozenset((grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED))
 _FIRST_BACKOFF_SECONDS: Final = 0.1
@@ -49,6 +49,7 @@ class Item:
     due_at: float = 0.0
     message: bytes | None = None  # of its own, if it is a large one and was packed
     is_forgotten: bool = False  # nobody waits for its answer any more
+    trace: bytes = b""  # the fields of the trace that it belongs to
 
 
 class Room:
@@ -134,11 +135,14 @@ class Exchange:
         messages: list[bytes] = []
         packed: list[tuple[int, int, list[Buffer]]] = []
         packed_bytes = 0
+        traces: dict[int, bytes] = {}
         sent, alone_bytes = self._sent, self._alone_bytes
         for item in items:
             request = item.request
             deadline = item.deadline
             sent[item.tag] = item
+            if item.trace:
+                traces[item.tag] = item.trace
             item.stream = stream
             if deadline is None:
                 timeout_ns = 0
@@ -148,19 +152,19 @@ class Exchange:
                 self.wake_at = min(self.wake_at, deadline)
             if request.byte_count >= alone_bytes:
                 if item.message is None:
-                    item.message = encode_stream_request([(item.tag, timeout_ns, request.parts)])
+                    item.message = encode_stream_request([(item.tag, timeout_ns, request.parts)], traces)
                     request.parts.clear()  # the caller's arrays are not needed, nor to be read, from here on
                 messages.append(item.message)
                 continue
             if packed and (
                 len(packed) >= self.requests_per_message or packed_bytes + request.byte_count > self.bytes_per_message
             ):
-                messages.append(encode_stream_request(packed))
+                messages.append(encode_stream_request(packed, traces))
                 packed, packed_bytes = [], 0
             packed.append((item.tag, timeout_ns, request.parts))
             packed_bytes += request.byte_count + FRAME_BYTES
         if packed:
-            messages.append(encode_stream_request(packed))
+            messages.append(encode_stream_request(packed, traces))
         return messages
 
     def receive(self, message: bytes, now: float) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 
+from lossgrad import tracing
 from lossgrad.calls import Answer, Request
 from lossgrad.errors import LossgradError, Unavailable
 from lossgrad.exchange import (
@@ -111,6 +112,9 @@ class StreamWindow:
         now = self._clock()
         exchange, byte_count = self._exchange, request.byte_count
         item = Item(self._take_tag(byte_count), request, now, self._timeout, None)
+        if tracing.is_on():
+            item.caller = tracing.pair_span()
+            item.trace = tracing.fields_of(item.caller)
         if exchange.is_alone(byte_count):
             return [*self.flush(), *self._pack([item])]
         messages = self.flush() if self._waiting_bytes + byte_count > exchange.bytes_per_message else []
@@ -200,5 +204,7 @@ class StreamWindow:
 
     def _finish(self, item: Item, outcome: Answer | LossgradError) -> None:
         self._done[item.tag] = outcome
+        if item.caller is not None:
+            tracing.end_span(item.caller, outcome)
         if self._metrics is not None:
             self._metrics.finished(outcome, self._clock() - item.added_at)
