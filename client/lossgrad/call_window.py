@@ -15,6 +15,7 @@ from lossgrad import tracing
 from lossgrad.calls import Answer, Request
 from lossgrad.errors import LossgradError
 from lossgrad.exchange import FULL_MESSAGE_BYTES, MAX_REQUESTS_PER_MESSAGE, Exchange, Item, Room, too_late
+from lossgrad.throttle import RetryThrottle
 
 if TYPE_CHECKING:
     from lossgrad.metrics import MethodMetrics
@@ -42,6 +43,7 @@ class CallWindow:
         max_requests: int = MAX_REQUESTS,
         max_bytes: int = MAX_BYTES,
         metrics: MethodMetrics | None = None,
+        throttle: RetryThrottle | None = None,
     ) -> None:
         message_bytes = min(FULL_MESSAGE_BYTES, max_message_bytes)
         self._room = Room(max_requests, max_bytes, MAX_REQUESTS_PER_MESSAGE, message_bytes)
@@ -51,6 +53,7 @@ class CallWindow:
             retries=retries,
             finish=self._finish,
             metrics=metrics,
+            throttle=throttle,
         )
         if metrics is not None:
             metrics.watch(self)

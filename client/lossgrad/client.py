@@ -30,6 +30,7 @@ from lossgrad.calls import (
     TensorOptions,
     as_losses,
     deadline_seconds,
+    known_request,
     new_shared_memory,
     prepare,
     read_info,
@@ -66,7 +67,6 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
 
     `shared_memory=True` leaves large tensors in memory shared with a server on this machine that allows it; otherwise they
     travel as ever. Arrays of results then lie there, so keep no more of them than you need.
-
     `metrics` is a prometheus_client.CollectorRegistry for the series lossgrad_client_* and grpc_client_*.
     """
 
@@ -183,11 +183,9 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         The options are those of the methods `smooth_l1`, `huber`, `l1` and `mse`; `gradient_out` for several losses is a
         list of arrays, None where there is no gradient. Raises LossgradError.
         """
-        options = TensorOptions(
-            weight=weight, mask=mask, allow_broadcast=allow_broadcast, idempotency_key=idempotency_key
-        )
+        more = TensorOptions(weight=weight, mask=mask, allow_broadcast=allow_broadcast, idempotency_key=idempotency_key)
         with watched(self._metrics):
-            return self._compute(input, target, losses, options, timeout, gradient_out)
+            return self._compute(input, target, losses, more, timeout, gradient_out)
 
     def _compute(
         self, input: Any, target: Any, losses: Losses, options: TensorOptions, timeout: float | None, gradient_out: Any
@@ -222,7 +220,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
     def _send(self, request: Request, timeout: float | None) -> Answer:
         start = time.perf_counter()
         answer = self._call(self._connected().compute, request.message(), timeout)
-        return request.read(answer, time.perf_counter() - start)
+        return request.read(answer, time.perf_counter() - start, is_own=self._given is None)
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = "float32") -> np.ndarray[Any, Any]:
         """Return a new array, as numpy.empty, for tensors to send: in shared memory, nothing of it is then copied.
@@ -232,7 +230,11 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         return np.empty(shape, dtype) if self._memory is None else self._memory.empty(shape, dtype)
 
     def _compute_one(self, input: Any, target: Any, loss: Loss, options: dict[str, Any]) -> LossResult:
-        return self.compute(input, target, loss, **options)
+        request = known_request(input, target, loss) if not options and self._memory is None else None
+        if request is None or request.byte_count > self._limit_bytes:
+            return self.compute(input, target, loss, **options)
+        with watched(self._metrics):
+            return self._send(request, None)  # type: ignore[return-value] # that of one loss
 
     @overload
     def stream(
@@ -412,5 +414,6 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
             inherited.append(self._memory)
             self._memory = new_shared_memory(self._ask_for_memory)
 
-    def _open_stream(self, messages: Iterator[bytes]) -> Any:
-        return self._connected().stream(messages, timeout=None, metadata=tracing.traced(self._metadata))
+    def _open_stream(self, messages: Iterator[bytes], *, bulk: bool = False) -> Any:
+        metadata = self._settings.metadata_for(bulk=True) if bulk else self._metadata
+        return self._connected().stream(messages, timeout=None, metadata=tracing.traced(metadata))

@@ -11,6 +11,7 @@ from lossgrad.channel import ChannelSettings
 from lossgrad.errors import LossgradError
 from lossgrad.exchange import FRAME_BYTES
 from lossgrad.losses import Loss
+from lossgrad.throttle import throttle_of
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class PairFeed:
             retries=settings.retries,
             clock=time.perf_counter,
             metrics=self.metrics,
+            throttle=throttle_of(settings.target),
         )
 
     def add(self, pair: Any) -> list[bytes]:

@@ -28,6 +28,7 @@ from lossgrad.exchange import (
     Room,
     backoff_seconds,
 )
+from lossgrad.throttle import RetryThrottle
 
 if TYPE_CHECKING:
     from lossgrad.metrics import MethodMetrics
@@ -58,6 +59,7 @@ class StreamWindow:
         retries: int,
         clock: Callable[[], float],
         metrics: MethodMetrics | None = None,
+        throttle: RetryThrottle | None = None,
     ) -> None:
         # Half a window a message at most, so that the server computes one while the client packs the other.
         message_requests = max(1, min(max_requests // 2, MAX_REQUESTS_PER_MESSAGE))
@@ -69,10 +71,12 @@ class StreamWindow:
             retries=retries,
             finish=self._finish,
             metrics=metrics,
+            throttle=throttle,
         )
         self._metrics = metrics
         if metrics is not None:
             metrics.watch(self)
+        self._max_message_bytes = max_message_bytes
         self._timeout = timeout
         self._retries = retries
         self._clock = clock
@@ -114,7 +118,9 @@ class StreamWindow:
         item = Item(self._take_tag(byte_count), request, now, self._timeout, None)
         if tracing.is_on():
             item.caller = tracing.pair_span()
-            item.trace = tracing.fields_of(item.caller)
+            trace = tracing.fields_of(item.caller)
+            if byte_count + FRAME_BYTES + len(trace) <= self._max_message_bytes:
+                item.trace = trace
         if exchange.is_alone(byte_count):
             return [*self.flush(), *self._pack([item])]
         messages = self.flush() if self._waiting_bytes + byte_count > exchange.bytes_per_message else []
@@ -171,7 +177,7 @@ class StreamWindow:
         """Take note that the stream broke; return after how many seconds to open another, None to give up."""
         self.must_reopen = False
         self._breaks += 1
-        if error.code not in TRANSIENT or self._breaks > self._retries:
+        if error.code not in TRANSIENT or self._breaks > self._retries or not self._exchange.throttle.failed():
             return None
         self._left_for = error
         return backoff_seconds(self._breaks, error.retry_after)

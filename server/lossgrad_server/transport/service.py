@@ -81,7 +81,7 @@ class LossService:
         try:
             answer = await answered
         except asyncio.CancelledError:
-            pending.cancelled = True
+            pending.abandon()
             raise
         if isinstance(answer, RequestError):
             raise answer
