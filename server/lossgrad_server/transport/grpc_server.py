@@ -16,7 +16,7 @@ from grpc_status import rpc_status
 from lossgrad_server.errors import InternalError, Reason, RequestError, TooLarge
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.transport.call import Method, is_late
-from lossgrad_server.transport.status import pushback, to_status
+from lossgrad_server.transport.status import new_request_id, pushback, to_status
 from lossgrad_server.transport.tokens import TokenGuard, Tokens
 from lossgrad_server.transport.transfers import COUNTED_BYTES, Receiving, Unsent
 
@@ -158,11 +158,13 @@ class StalledPeer(Exception):
 class GrpcCall:
     """`Call` over grpcio's context."""
 
-    __slots__ = ("_context", "_metadata", "deadline", "method")
+    __slots__ = ("_context", "_metadata", "_started", "deadline", "method")
 
-    def __init__(self, method: str, context: Context) -> None:
+    def __init__(self, method: str, context: Context, started: float) -> None:
+        """`started` is when the call came, on perf_counter's clock."""
         self.method = method
         self._context = context
+        self._started = started
         self._metadata: Mapping[str, str | bytes] | None = None
         remaining = context.time_remaining()
         # When the caller stops waiting, on time.monotonic's clock.
@@ -174,6 +176,11 @@ class GrpcCall:
         if self._metadata is None:
             self._metadata = dict(self._context.invocation_metadata() or ())
         return self._metadata
+
+    @property
+    def begun_ns(self) -> int:
+        """When the call came, on perf_counter_ns's clock."""
+        return int(self._started * 1e9)
 
     @property
     def peer(self) -> str:
@@ -202,7 +209,7 @@ def _unary(method: Method, metrics: Metrics, limits: _Limits) -> Any:
         limits.under_way.begin(context)
         started = watch.started()
         code = "OK"
-        call = GrpcCall(method.name, context)
+        call = GrpcCall(method.name, context, started)
         try:
             unsent.check(context.peer)
             request = await receiving.message(context)
@@ -253,7 +260,7 @@ def _stream(method: Method, metrics: Metrics, limits: _Limits) -> Any:
         limits.under_way.begin(context)
         started = watch.started()
         code = "OK"
-        call = GrpcCall(method.name, context)
+        call = GrpcCall(method.name, context, started)
         try:
             await handler(received(), send, call)
             if call.deadline is not None and time.monotonic() >= call.deadline:
@@ -321,8 +328,12 @@ def as_request_error(exception: Exception, method: str) -> RequestError:
     """Return what the caller is told of a handler's exception. Whatever we did not raise is a bug of ours."""
     if isinstance(exception, RequestError):
         return exception
-    logger.error("%s failed", method, exc_info=exception)
-    return InternalError()
+    error = InternalError()
+    error.request_id = new_request_id()
+    logger.error(
+        "%s failed, request %s", method, error.request_id, exc_info=exception, extra={"request_id": error.request_id}
+    )
+    return error
 
 
 async def _abort(context: Context, error: RequestError) -> None:
