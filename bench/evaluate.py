@@ -3,7 +3,7 @@
     python -m bench.evaluate [--sizes 1KiB 64KiB 1MiB 4MiB] [--json]
 
 "floor" is a raw gRPC client that keeps as much in flight as `evaluate` does, against an echo server that looks at nothing:
-one slice to a message, as bench.transport's streams, and for small slices also packed as `evaluate` packs them. "evaluate"
+one slice to a message, as bench.transport's streams, and also packed as `evaluate` packs slices of up to 2 MiB. "evaluate"
 starts from NumPy arrays and ends with exact totals. The bar is issue 6's: 0.8 of the floor with one slice to a message.
 """
 
@@ -41,12 +41,12 @@ from bench.transport_messages import count_answers, tensors
 from bench.transport_servers import ServerProcess, loss_server
 from lossgrad import LossClient, SmoothL1
 from lossgrad.evaluating import DEFAULT_IN_FLIGHT_BYTES
-from lossgrad.exchange import FULL_MESSAGE_BYTES
-from lossgrad.slice_window import ALONE_BYTES, MAX_SLICES
+from lossgrad.exchange import FULL_MESSAGE_BYTES, MAX_REQUESTS_PER_MESSAGE
+from lossgrad.slice_window import MAX_SLICES, MESSAGE_BYTES, WRITTEN_BYTES
 from lossgrad_api import codec
 from lossgrad_api.allocator import keep_large_blocks
 
-_MOST_PACKED: Final = 64
+_HEADER_BYTES: Final = 256
 _BAR: Final = 0.8
 
 
@@ -190,7 +190,8 @@ def is_packed(size: int) -> bool:
 
 def packed_count(size: int) -> int:
     """Return how many slices of this size `evaluate` packs into a message."""
-    return 1 if 2 * size >= ALONE_BYTES else max(1, min(_MOST_PACKED, FULL_MESSAGE_BYTES // (2 * size + 256)))
+    message_bytes = MESSAGE_BYTES if 2 * size >= WRITTEN_BYTES else FULL_MESSAGE_BYTES
+    return max(1, min(MAX_REQUESTS_PER_MESSAGE, message_bytes // (2 * size + _HEADER_BYTES)))
 
 
 def text_of(report: Report) -> str:

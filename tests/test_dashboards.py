@@ -17,7 +17,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
 
 import lossgrad
-from deploy import generate
+from deploy import generate, screenshot
 from lossgrad_server import config
 from lossgrad_server.app import Server
 from tests.prometheus import expressions, fetch, panels
@@ -98,3 +98,11 @@ def test_a_dashboard_is_whole(path: Path) -> None:
         assert panel["fieldConfig"]["defaults"]["unit"], f"{panel['title']} has no unit"
         references = [target["refId"] for target in panel["targets"]]
         assert len(set(references)) == len(references)
+
+
+def test_the_picture_in_the_documents_is_of_panels_that_there_are() -> None:
+    shown = screenshot.expressions()
+    assert len(shown) == len(screenshot.PANELS)
+    every = {re.sub(r"\[\w+\]", "[10s]", text) for text, _ in expressions(json.loads(DASHBOARDS[-1].read_text()))}
+    assert set(shown) <= every
+    assert "0.99," in shown[0]

@@ -13,6 +13,7 @@ import dataclasses
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, overload
@@ -186,14 +187,13 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
 
     async def _send(self, request: Request, timeout: float | None) -> Answer:
         start = time.perf_counter()
-        if request.byte_count < JOINED_BYTES:
-            answer = await self._call(self._connected().compute, request.message(), timeout)
-            return request.read(answer, time.perf_counter() - start)
-        # Copied by a thread, without the GIL: tens of MiB would hold up the event loop for as many milliseconds.
         loop = asyncio.get_running_loop()
-        message = await loop.run_in_executor(None, join_without_gil, request.parts)
+        # Copied by a thread, without the GIL: tens of MiB would hold up the event loop for as many milliseconds.
+        is_large = request.byte_count >= JOINED_BYTES
+        message = await loop.run_in_executor(None, join_without_gil, request.parts) if is_large else request.message()
         answer = await self._call(self._connected().compute, message, timeout)
-        return await loop.run_in_executor(None, request.read, answer, time.perf_counter() - start)
+        read = partial(request.read, answer, time.perf_counter() - start, is_own=True)
+        return await loop.run_in_executor(None, read) if is_large and request.copies_answer else read()
 
     async def _ask_for_memory(self, memory: SharedMemory) -> None:
         if memory.must_ask:
@@ -210,11 +210,9 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
     def _compute_one(
         self, input: Any, target: Any, loss: Loss, options: dict[str, Any]
     ) -> Coroutine[Any, Any, LossResult]:
-        connection = self._connection
-        if connection is not None and connection.coalescer is not None and self._memory is None:
-            if (call := connection.coalescer.begin(input, target, loss, **options)) is not None:
-                return call  # type: ignore[return-value]
-        return self.compute(input, target, loss, **options)
+        coalescer = None if self._connection is None or self._memory is not None else self._connection.coalescer
+        call: Any = None if coalescer is None else coalescer.begin(input, target, loss, **options)
+        return self.compute(input, target, loss, **options) if call is None else call
 
     @overload
     def stream(
@@ -403,8 +401,9 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
         client._set_up(dataclasses.replace(self._settings, target=target))
         return client
 
-    def _open_stream(self) -> Any:
-        return self._connected().stream(timeout=None, metadata=self._metadata)
+    def _open_stream(self, *, bulk: bool = False) -> Any:
+        metadata = self._settings.metadata_for(bulk=True) if bulk else self._metadata
+        return self._connected().stream(timeout=None, metadata=metadata)
 
 
 class _Connection:

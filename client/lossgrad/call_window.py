@@ -14,6 +14,7 @@ from typing import Any, Final
 from lossgrad.calls import Answer, Request
 from lossgrad.errors import LossgradError
 from lossgrad.exchange import FULL_MESSAGE_BYTES, MAX_REQUESTS_PER_MESSAGE, Exchange, Item, Room, too_late
+from lossgrad.throttle import RetryThrottle
 
 # A quarter of what the server takes from one stream before it stops reading, and of a size at which reading the answers
 # that come in one message holds up the event loop for about 2 ms.
@@ -37,6 +38,7 @@ class CallWindow:
         deliver: Callable[[Any, Answer | Exception], None],
         max_requests: int = MAX_REQUESTS,
         max_bytes: int = MAX_BYTES,
+        throttle: RetryThrottle | None = None,
     ) -> None:
         message_bytes = min(FULL_MESSAGE_BYTES, max_message_bytes)
         self._room = Room(max_requests, max_bytes, MAX_REQUESTS_PER_MESSAGE, message_bytes)
@@ -45,6 +47,7 @@ class CallWindow:
             bytes_per_message=message_bytes,
             retries=retries,
             finish=self._finish,
+            throttle=throttle,
         )
         self._clock = clock
         self._deliver = deliver

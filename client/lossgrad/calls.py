@@ -19,10 +19,12 @@ from lossgrad.tensors import (
     Family,
     broadcast_shapes,
     is_array,
+    own_view,
     promote,
     read_mask,
     read_pair,
     read_weight,
+    tensor_of,
 )
 from lossgrad_api.codec import (
     COMPUTE_LOSS,
@@ -36,6 +38,7 @@ from lossgrad_api.codec import (
     decode_compute_response,
     encode_compute_request,
 )
+from lossgrad_api.raw_bytes import IS_SUPPORTED
 from lossgrad_api.v1 import loss_service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -50,6 +53,10 @@ MAX_SPECS: Final = 16
 # Below this a request is joined when it is made. A second copy costs less there than handling parts, and the caller may
 # use the arrays for something else.
 JOINED_BYTES: Final = 256 * 1024
+# From this size on an answer's arrays are made in the memory that it came in. Below it a copy costs less.
+OWNED_BYTES: Final = 64 * 1024
+# No server may be told to find so small a request too large, nor its answer: 64 KiB is its least limit. So it is not cut.
+UNCUT_BYTES: Final = 16 * 1024
 _MAX_FORMS: Final = 1024
 # How long a call may wait to learn whether the server shares memory.
 ASK_SECONDS: Final = 5.0
@@ -77,14 +84,20 @@ class Request:
         """Return the message: the one copy of the caller's elements."""
         return b"".join(self.parts)
 
+    @property
+    def copies_answer(self) -> bool:
+        """Whether reading a large answer, nobody else's, takes long: where it has several tensors, they are copied."""
+        return not IS_SUPPORTED or sum(loss.gradient + (loss.reduction == "none") for loss in self.losses) > 1
+
     def instead(self, error: LossgradError) -> Request | None:
         """Return the request to send in place of this one, which failed; None where there is none."""
         return None
 
-    def read(self, message: bytes, round_trip_seconds: float) -> Answer:
-        """Return what a ComputeLossResponse says."""
+    def read(self, message: bytes, round_trip_seconds: float, *, is_own: bool = False) -> Answer:
+        """Return what a ComputeLossResponse says. `is_own`: nobody else has it, so its one large tensor is not copied."""
+        view = own_view(message) if is_own and len(message) >= OWNED_BYTES else None
         try:
-            return self.read_view(decode_compute_response(message), round_trip_seconds)
+            return self.read_view(decode_compute_response(message, view=view), round_trip_seconds)
         except CodecError as error:
             raise ServerError(f"the server's answer cannot be read: {error}") from error
 
@@ -107,7 +120,7 @@ class Request:
         if value is not None:
             loss = family.scalar(value, self.result_type)
         elif tensor is not None:
-            loss = family.tensor(tensor)
+            loss = tensor_of(family, tensor)
         else:
             raise ServerError(f"the server's answer has no loss for {spec!r}")
         if spec.gradient and gradient is None:
@@ -115,8 +128,8 @@ class Request:
         return new_loss_result(
             loss,
             value,
-            None if gradient is None else family.tensor(gradient),
-            None if target_gradient is None else self.target_family.tensor(target_gradient),
+            None if gradient is None else tensor_of(family, gradient),
+            None if target_gradient is None else tensor_of(self.target_family, target_gradient),
             element_count,
             weight_sum,
             nonfinite_count,
@@ -225,15 +238,15 @@ def prepare(
     return Request(parts, byte_count, losses, is_single, input_family, target_family, result_type)
 
 
-def known_request(input: Any, target: Any, loss: Loss, limit_bytes: int) -> Request | None:
-    """Return the request for two arrays and no options, if one of its form was made before; None for any other.
+def known_request(input: Any, target: Any, loss: Loss) -> Request | None:
+    """Return the request for two small arrays and no options, if one of its form was made before; None for any other.
 
-    The shortest way to a request of less than `limit_bytes`, for those who make thousands a second.
+    The shortest way to a request, for those who make thousands a second. It is of less than UNCUT_BYTES.
     """
     if not (is_array(input) and is_array(target)):
         return None
     form = _forms.get((input.dtype, input.shape, target.dtype, target.shape, False, loss.serialized))
-    if form is None or form.byte_count >= limit_bytes:
+    if form is None or form.byte_count >= UNCUT_BYTES:
         return None
     parts = form.parts(input, target)
     return None if parts is None else Request(parts, form.byte_count, (loss,), True, NUMPY, NUMPY, form.result_type)

@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 import grpc
 import grpc.aio
 
+from lossgrad.throttle import MAX_TOKENS, TOKEN_RATIO
 from lossgrad_api.allocator import keep_large_blocks
 from lossgrad_api.codec import SERVICE
 
@@ -125,8 +126,12 @@ class ChannelSettings:
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What every call carries."""
+        return self.metadata_for(bulk=self.bulk)
+
+    def metadata_for(self, *, bulk: bool) -> tuple[tuple[str, str], ...]:
+        """Return what a call carries that lets others go first, or that does not."""
         token = () if self.token is None else (("authorization", f"Bearer {self.token}"),)
-        return (*token, ("lossgrad-priority", "bulk")) if self.bulk else token
+        return (*token, ("lossgrad-priority", "bulk")) if bulk else token
 
     @property
     def options(self) -> list[tuple[str, int | str]]:
@@ -167,6 +172,8 @@ class ChannelSettings:
             "healthCheckConfig": {"serviceName": SERVICE},
         }
         if self.retries:
+            # Where most calls fail, trying them again keeps the server from recovering. throttle.py does it for streams.
+            config["retryThrottling"] = {"maxTokens": MAX_TOKENS, "tokenRatio": TOKEN_RATIO}
             config["methodConfig"] = [
                 {
                     # Not the streams: an open one cannot be retried by gRPC, so the SDK does it (window.py).

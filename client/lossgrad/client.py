@@ -30,6 +30,7 @@ from lossgrad.calls import (
     TensorOptions,
     as_losses,
     deadline_seconds,
+    known_request,
     new_shared_memory,
     prepare,
     read_info,
@@ -212,7 +213,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
     def _send(self, request: Request, timeout: float | None) -> Answer:
         start = time.perf_counter()
         answer = self._call(self._connected().compute, request.message(), timeout)
-        return request.read(answer, time.perf_counter() - start)
+        return request.read(answer, time.perf_counter() - start, is_own=self._given is None)
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = "float32") -> np.ndarray[Any, Any]:
         """Return a new array, as numpy.empty, for tensors to send: in shared memory, nothing of it is then copied.
@@ -222,7 +223,10 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         return np.empty(shape, dtype) if self._memory is None else self._memory.empty(shape, dtype)
 
     def _compute_one(self, input: Any, target: Any, loss: Loss, options: dict[str, Any]) -> LossResult:
-        return self.compute(input, target, loss, **options)
+        request = known_request(input, target, loss) if not options and self._memory is None else None
+        if request is None or request.byte_count > self._limit_bytes:
+            return self.compute(input, target, loss, **options)
+        return self._send(request, None)  # type: ignore[return-value] # that of one loss
 
     @overload
     def stream(
@@ -411,5 +415,6 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
             inherited.append(self._memory)
             self._memory = new_shared_memory(self._ask_for_memory)
 
-    def _open_stream(self, messages: Iterator[bytes]) -> Any:
-        return self._connected().stream(messages, timeout=None, metadata=self._metadata)
+    def _open_stream(self, messages: Iterator[bytes], *, bulk: bool = False) -> Any:
+        metadata = self._settings.metadata_for(bulk=True) if bulk else self._metadata
+        return self._connected().stream(messages, timeout=None, metadata=metadata)

@@ -3,10 +3,12 @@
 # ruff: noqa: ASYNC109 - the timeout is not the whole call's
 from __future__ import annotations
 
+import asyncio
 import time
 from abc import abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
@@ -14,7 +16,9 @@ from lossgrad.batches import Selector, count_of, enumerate_batches
 from lossgrad.calls import Losses, deadline_seconds
 from lossgrad.channel import ChannelSettings
 from lossgrad.checkpoint import Checkpoint
+from lossgrad.errors import DeadlineExceeded, LossgradError, Unavailable
 from lossgrad.evaluation import Evaluation, EvaluationOptions, OnError
+from lossgrad.exchange import backoff_seconds
 from lossgrad.losses import SmoothL1
 from lossgrad.progress import OnProgress
 from lossgrad.report import BatchResult, EvaluationReport, EvaluationServer
@@ -41,8 +45,8 @@ class EvaluateMethods:
         """Ask the server what it is."""
 
     @abstractmethod
-    def _open_stream(self, messages: Iterator[bytes]) -> Any:
-        """Open a StreamComputeLoss call."""
+    def _open_stream(self, messages: Iterator[bytes], *, bulk: bool = False) -> Any:
+        """Open a StreamComputeLoss call. `bulk`: the requests of others go first."""
 
     @abstractmethod
     def _at(self, target: str) -> Self:
@@ -73,7 +77,8 @@ class EvaluateMethods:
         in_flight_bytes: int = DEFAULT_IN_FLIGHT_BYTES,
         slice_bytes: int = DEFAULT_SLICE_BYTES,
         timeout: float | None = None,
-        patience: float = DEFAULT_PATIENCE_SECONDS,
+        patience: float | None = None,
+        bulk: bool = True,
     ) -> EvaluationReport:
         """Compute losses over a whole data set, exactly, and return the report. docs/evaluation.md has the long version.
 
@@ -86,8 +91,10 @@ class EvaluateMethods:
         `batches` is read in the caller's thread, about `in_flight_bytes` ahead; batches above `slice_bytes` are cut.
         `endpoints` are gRPC targets to share the work among, in the place of the client's own. A connection from which
         nothing comes for `timeout` seconds (the client's timeout) counts as broken; what is unanswered is sent again,
-        until nothing has worked for `patience` seconds. With on_error="collect" a batch that cannot be evaluated is left
-        out and listed in the report. `checkpoint` is a file to write now and then, and to go on from.
+        until nothing has worked for `patience` seconds (60). Servers that cannot be reached at the start are an error at
+        once, or waited for where `patience` is given. With on_error="collect" a batch that cannot be evaluated is left
+        out and listed in the report. `checkpoint` is a file to write now and then, and to go on from. The requests of
+        other callers go first, unless `bulk` is False.
         Raises LossgradError; what the callables raise passes through.
         """
         options = EvaluationOptions(
@@ -118,7 +125,7 @@ class EvaluateMethods:
                 if (
                     lanes is None
                 ):  # not before the first batch: data loaders fork, and had better do so before gRPC has threads
-                    lanes = self._lanes(evaluation, endpoints, in_flight_bytes, timeout, patience, stack)
+                    lanes = self._lanes(evaluation, endpoints, in_flight_bytes, timeout, patience, bulk, stack)
                 for request in evaluation.slices(index, batch):
                     lanes.send(request)
                 lanes.poll(flush=is_slow)
@@ -133,7 +140,8 @@ class EvaluateMethods:
         endpoints: Sequence[str] | None,
         in_flight_bytes: int,
         timeout: float | None,
-        patience: float,
+        patience: float | None,
+        bulk: bool,
         stack: ExitStack,
     ) -> ThreadLanes:
         """Connect to the servers; return the lanes to them, closed with the stack."""
@@ -142,11 +150,12 @@ class EvaluateMethods:
             clients = [self._at(each) for each in check_endpoints(endpoints)]
             for client in clients:
                 stack.callback(client.close)
-        infos = [client.info() for client in clients]
+        waiting = _FirstConnection(patience)
+        infos = [_info_of(client, waiting) for client in clients]
         evaluation.connect(*_described(clients, infos))
         window = window_for(clients, infos, in_flight_bytes, timeout, patience)
         targets = [client._settings.target for client in clients]
-        lanes = ThreadLanes(window, [client._open_stream for client in clients], targets)
+        lanes = ThreadLanes(window, [partial(client._open_stream, bulk=bulk) for client in clients], targets)
         stack.callback(lanes.close)
         return lanes
 
@@ -161,8 +170,8 @@ class AsyncEvaluateMethods:
         """Ask the server what it is."""
 
     @abstractmethod
-    def _open_stream(self) -> Any:
-        """Open a StreamComputeLoss call."""
+    def _open_stream(self, *, bulk: bool = False) -> Any:
+        """Open a StreamComputeLoss call. `bulk`: the requests of others go first."""
 
     @abstractmethod
     def _at(self, target: str) -> Self:
@@ -193,7 +202,8 @@ class AsyncEvaluateMethods:
         in_flight_bytes: int = DEFAULT_IN_FLIGHT_BYTES,
         slice_bytes: int = DEFAULT_SLICE_BYTES,
         timeout: float | None = None,
-        patience: float = DEFAULT_PATIENCE_SECONDS,
+        patience: float | None = None,
+        bulk: bool = True,
     ) -> EvaluationReport:
         """Compute losses over a whole data set, as LossClient.evaluate. `batches` may be an async iterable."""
         options = EvaluationOptions(
@@ -221,7 +231,7 @@ class AsyncEvaluateMethods:
             async for index, batch in _numbered(batches, evaluation.is_done):
                 is_slow = time.perf_counter() - start > _SLOW_PULL_SECONDS
                 if lanes is None:
-                    lanes = await self._lanes(evaluation, endpoints, in_flight_bytes, timeout, patience, stack)
+                    lanes = await self._lanes(evaluation, endpoints, in_flight_bytes, timeout, patience, bulk, stack)
                 for request in evaluation.slices(index, batch):
                     await lanes.send(request)
                 await lanes.poll(flush=is_slow)
@@ -236,7 +246,8 @@ class AsyncEvaluateMethods:
         endpoints: Sequence[str] | None,
         in_flight_bytes: int,
         timeout: float | None,
-        patience: float,
+        patience: float | None,
+        bulk: bool,
         stack: AsyncExitStack,
     ) -> TaskLanes:
         """Connect to the servers; return the lanes to them, closed with the stack."""
@@ -245,13 +256,48 @@ class AsyncEvaluateMethods:
             clients = [self._at(each) for each in check_endpoints(endpoints)]
             for client in clients:
                 stack.push_async_callback(client.close)
-        infos = [await client.info() for client in clients]
+        waiting = _FirstConnection(patience)
+        infos = [await _awaited_info_of(client, waiting) for client in clients]
         evaluation.connect(*_described(clients, infos))
         window = window_for(clients, infos, in_flight_bytes, timeout, patience)
         targets = [client._settings.target for client in clients]
-        lanes = TaskLanes(window, [client._open_stream for client in clients], targets)
+        lanes = TaskLanes(window, [partial(client._open_stream, bulk=bulk) for client in clients], targets)
         stack.push_async_callback(lanes.close)
         return lanes
+
+
+class _FirstConnection:
+    """How long to wait for servers that cannot be reached yet: not at all, unless the caller gave `patience`."""
+
+    def __init__(self, patience: float | None) -> None:
+        if patience is not None and not patience >= 0:
+            raise ValueError(f"patience is {patience!r} seconds; it must be at least 0")
+        self._until = None if patience is None else time.monotonic() + patience
+        self._attempts = 0
+
+    def seconds_after(self, error: LossgradError) -> float:
+        """Return how long to wait before trying again. Raises the error where there is no more time for it."""
+        self._attempts += 1
+        seconds = backoff_seconds(self._attempts, error.retry_after)
+        if self._until is None or time.monotonic() + seconds > self._until:
+            raise error
+        return seconds
+
+
+def _info_of(client: EvaluateMethods, waiting: _FirstConnection) -> ServerInfo:
+    while True:
+        try:
+            return client.info()
+        except (Unavailable, DeadlineExceeded) as error:
+            time.sleep(waiting.seconds_after(error))
+
+
+async def _awaited_info_of(client: AsyncEvaluateMethods, waiting: _FirstConnection) -> ServerInfo:
+    while True:
+        try:
+            return await client.info()
+        except (Unavailable, DeadlineExceeded) as error:
+            await asyncio.sleep(waiting.seconds_after(error))
 
 
 class _HasSettings(Protocol):
@@ -279,20 +325,18 @@ def largest_message(clients: _Clients, infos: Sequence[ServerInfo]) -> int:
 
 
 def window_for(
-    clients: _Clients, infos: Sequence[ServerInfo], in_flight_bytes: int, timeout: float | None, patience: float
+    clients: _Clients, infos: Sequence[ServerInfo], in_flight_bytes: int, timeout: float | None, patience: float | None
 ) -> SliceWindow:
     """Return the window of an evaluation. Raises ValueError and InvalidRequest for numbers that are out of range."""
     if in_flight_bytes < 1:
         raise ValueError(f"in_flight_bytes is {in_flight_bytes}; it must be at least 1")
-    if not patience >= 0:
-        raise ValueError(f"patience is {patience!r} seconds; it must be at least 0")
     silence_seconds = deadline_seconds(timeout, clients[0]._settings.timeout)
     return SliceWindow(
         len(clients),
         max_bytes=in_flight_bytes,
         max_message_bytes=largest_message(clients, infos),
         silence_seconds=float("inf") if silence_seconds is None else silence_seconds,
-        patience_seconds=patience,
+        patience_seconds=DEFAULT_PATIENCE_SECONDS if patience is None else patience,
         clock=time.perf_counter,
     )
 

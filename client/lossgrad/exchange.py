@@ -17,6 +17,7 @@ import grpc
 
 from lossgrad.calls import JOINED_BYTES, Answer, Request
 from lossgrad.errors import DeadlineExceeded, InvalidRequest, LossgradError, ServerError, from_status
+from lossgrad.throttle import RetryThrottle
 from lossgrad_api.codec import Buffer, CodecError, ResponseView, decode_stream_response, encode_stream_request
 
 # The server takes at least this many (ServerLimits.max_stream_requests); more per message gains little.
@@ -100,6 +101,7 @@ class Exchange:
         bytes_per_message: int,
         retries: int,
         finish: Callable[[Item, Answer | LossgradError], None],
+        throttle: RetryThrottle | None = None,
     ) -> None:
         self.requests_per_message = requests_per_message
         self.bytes_per_message = bytes_per_message
@@ -107,6 +109,7 @@ class Exchange:
         self._alone_bytes = min(JOINED_BYTES, bytes_per_message)
         self._retries = retries
         self._finish = finish
+        self.throttle = throttle or RetryThrottle()
         self._sent: dict[int, Item] = {}
         self._put_off: dict[int, Item] = {}
         # Before this nothing is late and nothing due. May be early: what it stood for may be answered since.
@@ -165,21 +168,30 @@ class Exchange:
         except CodecError as error:
             raise ServerError(f"the server's answer cannot be read: {error}") from error
         take, finish = self._sent.pop, self._finish
+        may_retry: bool | None = None  # asked once for a message, whatever failed in it
+        answered = 0
         for tag, outcome in outcomes:
             item = take(tag, None)
             if item is None:
                 continue  # answered before: given up here, or sent twice because the stream broke
             if not isinstance(outcome, ResponseView):
-                self.fail(item, from_status(outcome), now)
+                failure = from_status(outcome)
+                if may_retry is None and failure.code in TRANSIENT:
+                    may_retry = self.throttle.failed()
+                self.fail(item, failure, now, may_retry=may_retry is not False)
                 continue
+            answered += 1
             answer: Answer | LossgradError
             try:
                 answer = item.request.read_view(outcome, now - item.added_at)
             except LossgradError as error:
                 answer = error
             finish(item, answer)
+        self.throttle.succeeded(answered)
 
-    def fail(self, item: Item, error: LossgradError, now: float, jitter: float | None = None) -> None:
+    def fail(
+        self, item: Item, error: LossgradError, now: float, jitter: float | None = None, *, may_retry: bool = True
+    ) -> None:
         """Take note that a request, which is not sent now, failed: it is put off to be sent again, or finished."""
         if (other := item.request.instead(error)) is not None:
             item.request, item.message, item.due_at = other, None, now
@@ -188,7 +200,8 @@ class Exchange:
             return
         if error.reason == "DRAINING":
             self.draining.add(item.stream)
-        if error.code not in TRANSIENT or item.failures >= self._retries or item.is_forgotten:
+        is_over = item.failures >= self._retries or item.is_forgotten or not may_retry
+        if error.code not in TRANSIENT or is_over:
             self._finish(item, error)
             return
         item.failures += 1
@@ -231,10 +244,12 @@ class Exchange:
     def lose(self, stream: int, error: LossgradError, now: float) -> None:
         """Take note that a stream is gone: what is unanswered is put off to be sent again, or failed."""
         jitter = _jitter()  # one for all, which then travel together again
-        for item in self.take_sent(stream):
+        lost = self.take_sent(stream)
+        may_retry = not lost or error.code not in TRANSIENT or self.throttle.failed()
+        for item in lost:
             own = copy.copy(error)  # one for each caller: an exception that is raised carries where
             own.__cause__ = error.__cause__
-            self.fail(item, own, now, jitter)
+            self.fail(item, own, now, jitter, may_retry=may_retry)
         self.draining.discard(stream)
 
     def forget(self, item: Item) -> None:

@@ -11,6 +11,7 @@ from lossgrad.channel import ChannelSettings
 from lossgrad.errors import LossgradError
 from lossgrad.exchange import FRAME_BYTES
 from lossgrad.losses import Loss
+from lossgrad.throttle import throttle_of
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class PairFeed:
             timeout=deadline_seconds(timeout, settings.timeout),
             retries=settings.retries,
             clock=time.perf_counter,
+            throttle=throttle_of(settings.target),
         )
 
     def add(self, pair: Any) -> list[bytes]:

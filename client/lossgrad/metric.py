@@ -12,7 +12,7 @@ from lossgrad.accumulation import Accumulation
 from lossgrad.calls import Losses, as_losses
 from lossgrad.client import LossClient
 from lossgrad.errors import LossgradError
-from lossgrad.evaluating import DEFAULT_IN_FLIGHT_BYTES, DEFAULT_PATIENCE_SECONDS
+from lossgrad.evaluating import DEFAULT_IN_FLIGHT_BYTES
 from lossgrad.evaluation import Evaluation, EvaluationOptions
 from lossgrad.losses import SmoothL1
 from lossgrad.report import BatchResult, EvaluationReport, LossSummary
@@ -145,9 +145,7 @@ class LossMetric:
                 self._client = stack.enter_context(LossClient())
                 stack.callback(setattr, self, "_client", None)
             self._open = stack
-            self._lanes = self._client._lanes(
-                self._evaluation, None, DEFAULT_IN_FLIGHT_BYTES, None, DEFAULT_PATIENCE_SECONDS, stack
-            )
+            self._lanes = self._client._lanes(self._evaluation, None, DEFAULT_IN_FLIGHT_BYTES, None, None, True, stack)
         return self._lanes
 
     def _disconnect(self) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import grpc
@@ -198,7 +198,9 @@ class SharedMemory:
         )
         result_type = promote(first.wire.data_type, second.wire.data_type)
         try:
-            output_bytes = _most_output_bytes(first.wire, second.wire, result_type, losses)
+            output_bytes = _most_output_bytes(
+                first.wire.data_type, first.wire.shape, second.wire.data_type, second.wire.shape, losses
+            )
         except ValueError:  # they do not broadcast, which the server says better
             return None
         try:
@@ -321,9 +323,17 @@ def _byte_count(value: Any) -> int:
     return byte_count if isinstance(byte_count, int) else 0
 
 
-def _most_output_bytes(input: WireTensor, target: WireTensor, result_type: int, losses: tuple[Loss, ...]) -> int:
+@lru_cache(maxsize=1024)
+def _most_output_bytes(
+    input_type: int,
+    input_shape: tuple[int, ...],
+    target_type: int,
+    target_shape: tuple[int, ...],
+    losses: tuple[Loss, ...],
+) -> int:
     """Return the most bytes that the answer's tensors take. ValueError where the shapes do not broadcast."""
-    shape = input.shape if input.shape == target.shape else np.broadcast_shapes(input.shape, target.shape)
+    result_type = promote(input_type, target_type)
+    shape = input_shape if input_shape == target_shape else np.broadcast_shapes(input_shape, target_shape)
     sizes: list[int] = []
     for loss in losses:
         if loss.reduction == "none":
@@ -331,9 +341,9 @@ def _most_output_bytes(input: WireTensor, target: WireTensor, result_type: int, 
         elif loss.reduction.startswith("sample"):
             sizes.append(ITEMSIZES[result_type] * shape[0] if shape else 0)
         if loss.gradient:
-            sizes.append(ITEMSIZES[input.data_type] * math.prod(input.shape))
-            if target.data_type in FLOATS and not (input.shape == target.shape and input.data_type == result_type):
-                sizes.append(ITEMSIZES[target.data_type] * math.prod(target.shape))
+            sizes.append(ITEMSIZES[input_type] * math.prod(input_shape))
+            if target_type in FLOATS and not (input_shape == target_shape and input_type == result_type):
+                sizes.append(ITEMSIZES[target_type] * math.prod(target_shape))
     return sum(-(-size // OUTPUT_ALIGNMENT) * OUTPUT_ALIGNMENT for size in sizes)
 
 

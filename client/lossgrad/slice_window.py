@@ -4,8 +4,8 @@ A lane is one stream to one server. Slices are independent of each other, and it
 one, nor how often it is sent: its outcome is delivered once. So whatever fails in passing (a broken stream, a full queue, a
 server that drains or says nothing any more) only makes a lane pause, and what it left unanswered goes to any lane.
 
-Small slices are packed into messages: one goes out when it is full, when a lane has nothing to do, or when the caller
-flushes. Large ones have messages of their own.
+Slices are packed into messages: one goes out when it is full, when a lane has nothing to do, or when the caller flushes.
+Small ones are joined and wait; larger ones are written where they are sent from at once, the largest alone.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import grpc
 
 from lossgrad.errors import LossgradError, ServerError, Unavailable, from_status
 from lossgrad.exchange import FRAME_BYTES, FULL_MESSAGE_BYTES, MAX_REQUESTS_PER_MESSAGE, backoff_seconds
+from lossgrad.message_builder import HEAD_BYTES, MessageBuilder
 from lossgrad_api.codec import Buffer, CodecError, ResponseView, decode_stream_response, encode_stream_request
 
 # On one lane. Four full messages: one that the server computes, one that waits there, one under way, one being packed.
 MAX_SLICES: Final = 4 * MAX_REQUESTS_PER_MESSAGE
-# Slices from here on have a message of their own. Below, a message's own cost is worth the second copy that packing takes.
-ALONE_BYTES: Final = 512 * 1024
+# What a message costs by itself, some hundred microseconds on either side, is little beside moving as much as this.
+MESSAGE_BYTES: Final = 4 * 1024 * 1024
+# Slices from here on surely have a message of their own.
+ALONE_BYTES: Final = MESSAGE_BYTES // 2
+# Slices from here on are copied once. Below, it takes longer to prepare than to copy twice.
+WRITTEN_BYTES: Final = 32 * 1024
 _ANSWERS_BYTES: Final = 5 * 1024 * 1024
 _MAX_ATTEMPTS: Final = 16  # counted for the backoff's sake
 _MAX_ODD_BREAKS: Final = 5
@@ -46,8 +51,15 @@ class SliceRequest:
     byte_count: int
     deliver: Callable[[Outcome], None]
     tag: int = 0
-    message: bytes | None = None  # of its own, if it is a large one
+    written: memoryview | None = None  # where it is in a message, to be sent again if need be
     failed_at: float = 0.0  # for the first time; 0: never
+
+
+class _Message(NamedTuple):
+    """A message that is written and waits for a lane with room for it."""
+
+    data: bytes
+    requests: list[SliceRequest]
 
 
 @dataclass(slots=True, eq=False)
@@ -84,38 +96,45 @@ class SliceWindow:
         self.lanes = [Lane(number) for number in range(lanes)]
         # Servers put answers together, up to a size that a client of a smaller limit would refuse: one at a time, then.
         self._max_bytes = max(1, max_bytes // lanes) if max_message_bytes >= _ANSWERS_BYTES else 1
-        self._message_bytes = min(FULL_MESSAGE_BYTES, max_message_bytes, max(1, self._max_bytes // 2))
+        self._message_bytes = min(MESSAGE_BYTES, max_message_bytes, max(1, self._max_bytes // 4))
+        self._small_message_bytes = min(FULL_MESSAGE_BYTES, self._message_bytes)
         self._silence_seconds = silence_seconds
         self._patience_seconds = patience_seconds
         self._clock = clock
         self._next_tag = 1
         self._small: deque[SliceRequest] = deque()
         self._small_bytes = 0
-        self._large: deque[SliceRequest] = deque()
+        self._builder: MessageBuilder | None = None
+        self._built: list[SliceRequest] = []  # what is in it
+        self._written: deque[_Message] = deque()
         self.resent_count = 0
 
     @property
     def is_open(self) -> bool:
         """Whether to add another one. If not, wait for what comes."""
-        return not self._large and not self._is_full
+        return not self._written and not self._is_full and (not self._built or any(map(self._has_room, self.lanes)))
 
     @property
     def is_idle(self) -> bool:
         """Whether every slice was delivered."""
-        return not self._small and not self._large and not any(lane.sent for lane in self.lanes)
+        return not self._has_unsent and not any(lane.sent for lane in self.lanes)
 
     @property
     def wake_at(self) -> float:
         """When to call `wake`, on the clock; infinity if only an answer can change anything."""
         times = [lane.heard_at + self._silence_seconds for lane in self.lanes if lane.sent]
-        if self._small or self._large:
+        if self._has_unsent:
             now = self._clock()
             times += [lane.paused_until for lane in self.lanes if lane.paused_until > now]
         return min(times, default=math.inf)
 
     @property
+    def _has_unsent(self) -> bool:
+        return bool(self._small or self._built or self._written)
+
+    @property
     def _is_full(self) -> bool:
-        return len(self._small) >= MAX_REQUESTS_PER_MESSAGE or self._small_bytes >= self._message_bytes
+        return len(self._small) >= MAX_REQUESTS_PER_MESSAGE or self._small_bytes >= self._small_message_bytes
 
     def add(self, request: SliceRequest) -> None:
         """Add a slice. From here on the arrays that it views may be reused."""
@@ -127,11 +146,14 @@ class SliceWindow:
         """Return what is to be sent now, each message with the number of its lane. `flush`: also what is not full."""
         now = self._clock()
         messages: list[tuple[int, bytes]] = []
-        while self._large and (lane := self._free_lane(now)) is not None:
-            request = self._large.popleft()
-            assert request.message is not None  # noqa: S101 - made when it was put here
-            self._send(lane, [request], now)
-            messages.append((lane.number, request.message))
+        while (self._written or self._built) and (lane := self._free_lane(now)) is not None:
+            if not self._written:
+                if not (flush or not lane.sent):
+                    break
+                self._finish_message()
+            message = self._written.popleft()
+            self._send(lane, message.requests, now)
+            messages.append((lane.number, message.data))
         while self._small and (lane := self._free_lane(now)) is not None:
             if not (flush or self._is_full or not lane.sent):
                 break
@@ -197,21 +219,19 @@ class SliceWindow:
     def _free_lane(self, now: float) -> Lane | None:
         """Return the lane to send on next: of those that have room, the one with the least to do."""
         free = [
-            lane
-            for lane in self.lanes
-            if lane.paused_until <= now
-            and len(lane.sent) < MAX_SLICES
-            and lane.bytes < self._max_bytes
-            and not lane.must_reopen
+            lane for lane in self.lanes if lane.paused_until <= now and self._has_room(lane) and not lane.must_reopen
         ]
         return min(free, key=lambda lane: (lane.bytes, len(lane.sent)), default=None)
+
+    def _has_room(self, lane: Lane) -> bool:
+        return len(lane.sent) < MAX_SLICES and lane.bytes < self._max_bytes
 
     def _take_small(self) -> list[SliceRequest]:
         packed: list[SliceRequest] = []
         size = 0
         while self._small and len(packed) < MAX_REQUESTS_PER_MESSAGE:
             size += self._small[0].byte_count + FRAME_BYTES
-            if packed and size > self._message_bytes:
+            if packed and size > self._small_message_bytes:
                 break
             request = self._small.popleft()
             self._small_bytes -= request.byte_count
@@ -226,16 +246,38 @@ class SliceWindow:
             lane.bytes += request.byte_count
 
     def _put(self, request: SliceRequest) -> None:
-        if request.byte_count >= min(ALONE_BYTES, self._message_bytes):
-            if request.message is None:
-                request.message = encode_stream_request([(request.tag, 0, request.parts)])
-                request.parts.clear()
-            self._large.append(request)
-        else:
-            if len(request.parts) > 1:
-                request.parts = [b"".join(request.parts)]
-            self._small.append(request)
-            self._small_bytes += request.byte_count
+        if request.byte_count >= min(WRITTEN_BYTES, self._small_message_bytes):
+            self._write(request)
+            return
+        if len(request.parts) > 1:
+            request.parts = [b"".join(request.parts)]
+        self._small.append(request)
+        self._small_bytes += request.byte_count
+
+    def _write(self, request: SliceRequest) -> None:
+        """Write a slice where it is sent from: into the message that is being written, if it fits."""
+        parts = request.parts if request.written is None else [request.written]
+        byte_count = sum(map(len, parts))
+        if self._builder is not None and not self._builder.has_room(byte_count):
+            self._finish_message()
+        if self._builder is None:
+            each_bytes = HEAD_BYTES + byte_count
+            # As many as fit, if the next ones are of the same size, as they mostly are.
+            count = max(1, min(MAX_REQUESTS_PER_MESSAGE, self._message_bytes // each_bytes))
+            self._builder = MessageBuilder(each_bytes * count)
+        self._builder.add(request.tag, parts, byte_count)
+        self._built.append(request)
+        request.parts.clear()  # the caller's arrays are not needed, nor to be read, from here on
+        if not self._builder.has_room(byte_count) or len(self._built) >= MAX_REQUESTS_PER_MESSAGE:
+            self._finish_message()
+
+    def _finish_message(self) -> None:
+        assert self._builder is not None  # noqa: S101 - there is something to finish
+        data, copies = self._builder.finish()
+        for request, copy in zip(self._built, copies, strict=True):
+            request.written = copy
+        self._written.append(_Message(data, self._built))
+        self._builder, self._built = None, []
 
     def _pause(self, lane: Lane, error: LossgradError) -> None:
         now = self._clock()

@@ -25,6 +25,7 @@ from lossgrad.exchange import (
     Room,
     backoff_seconds,
 )
+from lossgrad.throttle import RetryThrottle
 
 # Four full messages: one that the server computes, one that waits there, one on its way, one that is being read or packed.
 DEFAULT_IN_FLIGHT: Final = 256
@@ -49,6 +50,7 @@ class StreamWindow:
         timeout: float | None,
         retries: int,
         clock: Callable[[], float],
+        throttle: RetryThrottle | None = None,
     ) -> None:
         # Half a window a message at most, so that the server computes one while the client packs the other.
         message_requests = max(1, min(max_requests // 2, MAX_REQUESTS_PER_MESSAGE))
@@ -59,6 +61,7 @@ class StreamWindow:
             bytes_per_message=message_bytes,
             retries=retries,
             finish=self._finish,
+            throttle=throttle,
         )
         self._timeout = timeout
         self._retries = retries
@@ -146,7 +149,7 @@ class StreamWindow:
         """Take note that the stream broke; return after how many seconds to open another, None to give up."""
         self.must_reopen = False
         self._breaks += 1
-        if error.code not in TRANSIENT or self._breaks > self._retries:
+        if error.code not in TRANSIENT or self._breaks > self._retries or not self._exchange.throttle.failed():
             return None
         return backoff_seconds(self._breaks, error.retry_after)
 

@@ -60,6 +60,12 @@ def new_bytes(size: int) -> tuple[bytes, int]:
     return made, _address_of(made)
 
 
+def address_of(data: bytes) -> int:
+    """Return where the contents of a bytes object are."""
+    address: int = _address_of(data)
+    return address
+
+
 def writable_view(address: int, size: int) -> memoryview:
     """Return a writable view of memory, which does not keep alive what the memory belongs to."""
     view: memoryview = _view(address, size, _WRITABLE)
@@ -85,6 +91,12 @@ def join_without_gil(parts: Sequence[Buffer]) -> bytes:
     if not IS_SUPPORTED:
         return b"".join(parts)
     joined, address = new_bytes(sum(map(len, parts)))
+    write_without_gil(address, parts)
+    return joined
+
+
+def write_without_gil(address: int, parts: Sequence[Buffer]) -> None:
+    """Copy the parts, which are contiguous, one behind the other to memory of `new_bytes`. Other threads run meanwhile."""
     source = _PyBuffer()
     for part in parts:
         _get_buffer(part, source, _SIMPLE)
@@ -93,4 +105,3 @@ def join_without_gil(parts: Sequence[Buffer]) -> bytes:
         finally:
             _release_buffer(source)
         address += len(part)
-    return joined

@@ -197,7 +197,7 @@ def test_any_resume_point(
     path: Path = tmp_path_factory.mktemp("resume") / "checkpoint"
     order = data.draw(st.permutations(range(len(BATCHES))))
     # What never comes about (so few are left) ends no run.
-    runs = [Interrupted(order, **{kind: point}) for kind, point in points] + [Interrupted(order)]
+    runs: list[Any] = [Interrupted(order, **{kind: point}) for kind, point in points] + [Interrupted(order)]
     total = 0
     for run in runs:
         with contextlib.suppress(Stop):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lossgrad import AsyncLossClient, DeadlineExceeded, InvalidRequest, LossResult
+from lossgrad.calls import UNCUT_BYTES
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from tests.client.peer import Peer, Refused, status
 from tests.client.waiting import until
@@ -146,3 +147,12 @@ async def test_answered_calls_leave_no_cycles_behind(client: AsyncLossClient) ->
         assert gc.collect() < 512  # less than one object each
     finally:
         gc.enable()
+
+
+async def test_what_might_have_to_be_cut_is_a_coroutine_as_ever(client: AsyncLossClient) -> None:
+    small, large = np.ones(UNCUT_BYTES // 32), np.ones(UNCUT_BYTES // 16)
+    for _ in range(2):  # the second time its form is known
+        begun, begun_large = client.l1(small, small * 2), client.l1(large, large * 2)
+        broadcast = client.l1(small[:, None], small * 2, allow_broadcast=True)
+        assert [asyncio.isfuture(each) for each in (begun, begun_large, broadcast)] == [True, False, False]
+        assert [result.value for result in await asyncio.gather(begun, begun_large, broadcast)] == [1.0, 1.0, 1.0]

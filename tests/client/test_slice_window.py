@@ -98,11 +98,59 @@ def test_a_flush_sends_what_there_is() -> None:
 def test_messages_of_small_slices_are_bounded_in_bytes() -> None:
     driver = Driver()
     sent = []
-    for number in range(11):
-        driver.add(str(number), 200_000)
+    for number in range(75):
+        driver.add(str(number), 30_000)
         sent += driver.sent()
     sent += driver.sent(flush=True)
-    assert [len(message.requests) for _, message in sent] == [1, 5, 5]
+    assert [len(message.requests) for _, message in sent] == [1, 34, 34, 6]
+
+
+def test_messages_of_medium_slices_hold_as_many_as_there_is_room_for() -> None:
+    driver = Driver()
+    sent = []
+    for number in range(50):
+        driver.add(f"{number:02}", 200_000)
+        sent += driver.sent()
+    sent += driver.sent(flush=True)
+    assert [len(message.requests) for _, message in sent] == [1, 20, 20, 9]
+    assert [name for _, message in sent for name in driver.names(message)] == [f"{number:02}" for number in range(50)]
+
+
+def test_what_is_being_written_counts_once_the_lanes_are_full() -> None:
+    driver = Driver(max_bytes=2_000_000)  # in messages of two
+    sent = []
+    count = 0
+    while driver.window.is_open:
+        driver.add(f"{count:02}", 200_000)
+        count += 1
+        sent += driver.sent()
+    assert [len(message.requests) for _, message in sent] == [1, 2, 2, 2, 2, 2]
+    assert count == 12  # one of which waits in a message that is not full
+    assert driver.sent() == []
+
+
+def test_medium_slices_that_are_lost_are_sent_again_packed_anew() -> None:
+    driver = Driver()
+    arrays = {str(number): bytearray(b"%d" % number * (100_000 + number)) for number in range(7)}
+    for name, array in arrays.items():
+        request = pb.ComputeLossRequest(idempotency_key=name)
+        request.input.data = bytes(array)
+        whole = request.SerializeToString()
+        driver.window.add(SliceRequest([whole], len(whole), driver.outcomes.setdefault(name, []).append))
+        array[:] = b""
+    first = driver.sent(flush=True)
+    driver.window.lose(0, BROKEN)
+    driver.now += 5
+    again = driver.sent(flush=True)
+    for messages in (first, again):
+        requests = [tagged.request for _, message in messages for tagged in message.requests]
+        assert {each.idempotency_key: len(each.input.data) for each in requests} == {
+            str(number): 100_000 + number for number in range(7)
+        }
+    for lane, message in again:
+        driver.answer(lane, message)
+    assert driver.delivered == Counter(dict.fromkeys(arrays, 1))
+    assert driver.window.is_idle
 
 
 def test_large_slices_have_messages_of_their_own_and_let_go_of_the_callers_arrays() -> None:

@@ -62,9 +62,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for kind in (LossClient, AsyncLossClient):
         own = kind._open_stream
 
-        def note(self: Any, *messages: Any, own: Any = own) -> Any:
+        def note(self: Any, *messages: Any, own: Any = own, **options: Any) -> Any:
             streams.append(self._settings.target)
-            return own(self, *messages)
+            return own(self, *messages, **options)
 
         monkeypatch.setattr(kind, "_open_stream", note)
     return streams

@@ -147,7 +147,10 @@ def _add_evaluate(commands: _Commands[_Parser]) -> None:
     course.add_argument("--checkpoint-every", type=float, default=5.0, metavar="SECONDS", help="how often (5)")
     course.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read and send (1)")
     course.add_argument(
-        "--patience", type=float, default=60.0, metavar="SECONDS", help="how long to go on without any server (60)"
+        "--patience",
+        type=float,
+        metavar="SECONDS",
+        help="how long to go on without any server (60); where it is given, also how long to wait for the first one",
     )
     course.add_argument(
         "--keep-going", action="store_true", help="leave out what the server cannot evaluate; exit 1 then"

@@ -65,7 +65,7 @@ def _task(options: argparse.Namespace) -> EvaluationTask:
         ("--patience", options.patience, 0),
         ("--checkpoint-every", options.checkpoint_every, 0),
     ):
-        if not value >= least:
+        if value is not None and not value >= least:
             raise UsageError(f"{flag} is {value:g}; it must be at least {least}")
     if options.plot is not None:
         check_plot(options.plot)
@@ -119,7 +119,14 @@ def _evaluate(task: EvaluationTask, data: Dataset) -> EvaluationReport:
                     client = stack.enter_context(connect(task))
                     everything = range(len(data))
                     report = evaluate_part(
-                        client, task, data, everything, gradients, progress=on_progress or False, checkpoint=checkpoint
+                        client,
+                        task,
+                        data,
+                        everything,
+                        gradients,
+                        patience=options.patience,
+                        progress=on_progress or False,
+                        checkpoint=checkpoint,
                     )
         except (KeyboardInterrupt, Terminated) as interrupt:
             raise type(interrupt)(_how_to_go_on(options)) from None

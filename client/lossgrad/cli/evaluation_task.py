@@ -95,10 +95,11 @@ def evaluate_part(
     indices: range,
     gradients: GradientFiles | None,
     *,
+    patience: float | None,
     progress: bool | OnProgress = False,
     checkpoint: Checkpoint | None = None,
 ) -> EvaluationReport:
-    """Evaluate some slices. Raises LossgradError, FileError, NanFound, UsageError."""
+    """Evaluate some slices; `patience` is LossClient.evaluate's. Raises LossgradError, FileError, NanFound, UsageError."""
     on_batch: Callable[[BatchResult], None] | None = None
     if gradients is not None:
         files = gradients
@@ -121,7 +122,7 @@ def evaluate_part(
             checkpoint=checkpoint,
             endpoints=options.target if options.target and len(options.target) > 1 else None,
             in_flight_bytes=_IN_FLIGHT_BYTES,
-            patience=options.patience,
+            patience=patience,
         )
     except LossgradError as error:
         batch = re.match(r"batch (\d+): ", error.message)  # what nobody but the SDK counts

@@ -21,6 +21,7 @@ from lossgrad.accumulation import Accumulation
 from lossgrad.checkpoint import CheckpointFile, DoneBatches, SavedState
 from lossgrad.cli.evaluation_task import EvaluationTask, connect, evaluate_part
 from lossgrad.errors import ServerError
+from lossgrad.evaluating import DEFAULT_PATIENCE_SECONDS
 from lossgrad.progress import OnProgress, Progress
 from lossgrad.report import BatchError, BatchResult, EvaluationReport, EvaluationServer, Throughput
 
@@ -212,10 +213,13 @@ def _work(pipe: Connection, task: EvaluationTask) -> None:
             gradients = task.gradient_files(data)
             if gradients is not None:
                 gradients.reopen()
+            patience = task.options.patience
             while True:
                 block = pipe.recv()
                 sender = _ProgressSender(pipe)
-                pipe.send(evaluate_part(client, task, data, block, gradients, progress=sender))
+                pipe.send(evaluate_part(client, task, data, block, gradients, patience=patience, progress=sender))
+                if patience is None:  # for the first connection; from here on the server has been there
+                    patience = DEFAULT_PATIENCE_SECONDS
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent has gone, or needs no more
     except Exception as error:

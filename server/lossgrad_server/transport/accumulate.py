@@ -105,7 +105,7 @@ class AccumulationSession:
             raise failures.exceptions[0] from None
         finally:
             if self._computing is not None:
-                self._computing.cancelled = True
+                self._computing.abandon()
         if self._error is not None:
             raise self._error
 

@@ -15,7 +15,7 @@ from grpc_status import rpc_status
 
 from lossgrad_server.errors import InternalError, Reason, RequestError, TooLarge
 from lossgrad_server.metrics import Metrics
-from lossgrad_server.transport.call import Method
+from lossgrad_server.transport.call import Method, is_late
 from lossgrad_server.transport.status import pushback, to_status
 from lossgrad_server.transport.tokens import TokenGuard, Tokens
 from lossgrad_server.transport.transfers import COUNTED_BYTES, Receiving, Unsent
@@ -198,19 +198,20 @@ def _unary(method: Method, metrics: Metrics, limits: _Limits) -> Any:
         limits.under_way.begin(context)
         started = watch.started()
         code = "OK"
+        call = GrpcCall(method.name, context)
         try:
             unsent.check(context.peer)
             request = await receiving.message(context)
             watch.received.inc()
             check_size(request, max_message_bytes)
-            reply = await handler(request, GrpcCall(method.name, context))
+            reply = await handler(request, call)
             watch.sent.inc()
             if len(reply) >= COUNTED_BYTES:
                 let_go = unsent.hold(context.peer(), len(reply))
                 context.add_done_callback(lambda _: let_go())  # type: ignore[arg-type]
             return reply
         except asyncio.CancelledError:
-            code = "CANCELLED"
+            code = "DEADLINE_EXCEEDED" if is_late(call.deadline) else "CANCELLED"
             raise
         except Exception as exception:
             error = as_request_error(exception, method.name)
@@ -248,10 +249,13 @@ def _stream(method: Method, metrics: Metrics, limits: _Limits) -> Any:
         limits.under_way.begin(context)
         started = watch.started()
         code = "OK"
+        call = GrpcCall(method.name, context)
         try:
-            await handler(received(), send, GrpcCall(method.name, context))
+            await handler(received(), send, call)
+            if call.deadline is not None and time.monotonic() >= call.deadline:
+                code = "DEADLINE_EXCEEDED"  # its caller has been told so by now, whatever was sent last
         except asyncio.CancelledError:
-            code = "CANCELLED"
+            code = "DEADLINE_EXCEEDED" if is_late(call.deadline) else "CANCELLED"
             raise
         except StalledPeer:
             # A status would have to wait behind the message that nobody reads. A cancelled call is reset.

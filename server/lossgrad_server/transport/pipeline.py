@@ -29,6 +29,7 @@ from lossgrad_server.transport.answers import (
     response_parts,
     stats_bytes,
 )
+from lossgrad_server.transport.call import is_late
 from lossgrad_server.transport.checks import RequestChecker
 from lossgrad_server.transport.shared_tensors import SharedMemoryParts, copy, misplaced
 from lossgrad_server.transport.transfers import Unsent
@@ -77,6 +78,12 @@ class PendingRequest(Job):
     def started_ns(self) -> int:
         """When its bytes were there, on perf_counter_ns's clock."""
         return self._started_ns
+
+    def abandon(self) -> None:
+        """Take note that the call has ended before its answer. If that is its deadline's doing, it counts as late."""
+        if is_late(self.deadline):
+            self.deadline = time.monotonic()
+        self.cancelled = True
 
     def _encode(self, computed: Computed) -> Sequence[Buffer]:
         """Return the parts of the response message. Raises RequestError."""

@@ -75,7 +75,7 @@ class LossService:
         try:
             answer = await answered
         except asyncio.CancelledError:
-            pending.cancelled = True
+            pending.abandon()
             raise
         if isinstance(answer, RequestError):
             answer.request_id = pending.idempotency_key

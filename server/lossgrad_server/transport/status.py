@@ -38,7 +38,8 @@ def pushback(error: RequestError) -> tuple[tuple[str, str], ...]:
     """Return the trailing metadata that tells gRPC's retries when to come back; none where they should not."""
     if error.retry_after_seconds is None:
         return ()
-    return ((PUSHBACK_KEY, str(round(error.retry_after_seconds * 1e3))),)
+    # Never 0: grpcio 1.85 then loses the next attempt, and the call waits for its deadline.
+    return ((PUSHBACK_KEY, str(max(1, round(error.retry_after_seconds * 1e3)))),)
 
 
 def _pack(

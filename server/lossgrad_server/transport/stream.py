@@ -72,7 +72,7 @@ class StreamSession:
             raise failures.exceptions[0] from None
         finally:
             for request in self._pending:
-                request.cancelled = True
+                request.abandon()
             self._pipeline.end_reading.discard(reading.cancel)
             self._is_over = True
             for *_, let_go in self._outbox:

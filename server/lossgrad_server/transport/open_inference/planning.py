@@ -144,8 +144,10 @@ def _inputs(model: Model, inputs: Sequence[Any], raw_count: int, typed: Mapping[
     for index, tensor in enumerate(inputs):
         name = tensor.name
         if name not in model.input_names:
+            sibling = model.with_input(name)
+            hint = "" if sibling is None else f", and {sibling.name} takes {name}"
             raise InvalidRequest(
-                f"model {model.name} has no input {name[:128]!r}; it takes {', '.join(model.input_names)}",
+                f"model {model.name} has no input {name[:128]!r}; it takes {', '.join(model.input_names)}{hint}",
                 reason=Reason.UNKNOWN_TENSOR,
                 field=f"inputs[{index}].name",
             )
@@ -261,8 +263,10 @@ def _outputs(model: Model, requested: Sequence[Any], job: JobPlan) -> tuple[Outp
     for index, output in enumerate(requested):
         name = output.name
         if name not in model.output_names:
+            sibling = model.with_output(name)
+            hint = "" if sibling is None else f", and {sibling.name} gives {name}"
             raise InvalidRequest(
-                f"model {model.name} has no output {name[:128]!r}; it gives {', '.join(model.output_names)}",
+                f"model {model.name} has no output {name[:128]!r}; it gives {', '.join(model.output_names)}{hint}",
                 reason=Reason.UNKNOWN_TENSOR,
                 field=f"outputs[{index}].name",
             )
