@@ -54,7 +54,7 @@ class Soak:
                 input, target = chance.standard_normal((2, size), np.float32)
                 leaf = torch.from_numpy(input).double().requires_grad_()
                 loss = torch.nn.functional.smooth_l1_loss(leaf, torch.from_numpy(target).double(), beta=beta)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 wanted = loss.item()
                 assert leaf.grad is not None
                 try:
