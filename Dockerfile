@@ -12,34 +12,67 @@
 # Both flavours stand on the same slim base: torch's CUDA wheels bring the CUDA libraries with them, so that a CUDA base
 # image would store them twice. Only the driver comes from the host.
 # A mirror, a proxy's certificates and credentials go into a pip.conf mounted for the build: deploy/README.md.
+#
+# The same inputs give the same Python packages: all but torch come from requirements/image.txt, by their hashes. Two arguments
+# pin the rest: TORCH_SHA256, the hash of torch's wheel (without it: whichever file the index has for that version), and
+# PYTHON_DIGEST, the base image's, as @sha256:... What went in is in /opt/lossgrad/sbom.cdx.json.
 
 ARG PYTHON_VERSION=3.12
+ARG PYTHON_DIGEST=
 
 
-# Python, pip in an environment of its own, and an empty environment to fill: /opt/lossgrad has no pip of its own.
-FROM python:${PYTHON_VERSION}-slim-bookworm AS build
-# tini's version is Debian's: a pinned one vanishes from the mirrors with the next point release.
+# What the image stands on: Python, the account that the server runs as, an init, and for GPUs a C compiler.
+FROM python:${PYTHON_VERSION}-slim-bookworm${PYTHON_DIGEST} AS base
+ARG TORCH_FLAVOR=cpu
+# The account has a name because torch asks for the user's name, and a fixed number so that Kubernetes can check it.
+RUN groupadd --gid 10001 lossgrad \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin lossgrad
+# tini is process 1, because the kernel drops a SIGTERM that process 1 has no handler for: without it, stopping a server
+# that is still importing torch takes the whole grace period. It also reaps orphaned processes. Docker's own --init
+# would do as well, but it is the operator's to give, and Kubernetes has none.
+# gcc, because Triton compiles the module by which it talks to the driver when it first meets a GPU.
+# Their versions are Debian's: a pinned one vanishes from the mirrors with the next point release.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends tini && rm -rf /var/lib/apt/lists/*
-RUN python -m venv /opt/build && python -m venv --without-pip /opt/lossgrad
+RUN apt-get update \
+    && if [ "${TORCH_FLAVOR}" = cpu ]; then set -- tini; else set -- tini gcc libc6-dev; fi \
+    && apt-get install --yes --no-install-recommends "$@" \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
+
+
+# pip and what builds the wheel in an environment of their own, and an empty environment to fill.
+FROM base AS build
 WORKDIR /build
-COPY constraints.txt ./
+COPY requirements/build.txt ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -m venv --without-pip /opt/lossgrad && python -m venv /opt/build \
+    && /opt/build/bin/pip install --require-hashes --no-deps --only-binary :all: --requirement build.txt
 
 
-# Everything that is not ours, at the pinned versions. Changes seldom, so it is built, pushed and pulled seldom.
+# Everything that is not ours, from the lock: nothing else, and no file of another hash. Changes seldom, so it is built, pushed
+# and pulled seldom. pip compiles to bytecode here, because the running container cannot write any and would compile torch
+# at every start.
 FROM build AS dependencies
+COPY requirements/image.txt ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /opt/build/bin/pip --python /opt/lossgrad/bin/python install --require-hashes --no-deps --only-binary :all: \
+      --report locked.json --requirement image.txt
+# torch, whose wheels have other hashes in every index: requirements/lock.py. With an address the flavour is part of the
+# version asked for (2.13.0+cpu), so that no other index can answer in its place. The second command brings what a CUDA build
+# needs besides, NVIDIA's libraries and Triton; for the CPU it finds everything there.
 ARG TORCH_FLAVOR=cpu
 ARG TORCH_INDEX_URL=
-# With an address the flavour is part of the version asked for (2.13.0+cpu), so no other index can answer in its place.
-# pip compiles to bytecode here, because the running container cannot write any and would compile torch at every start.
+ARG TORCH_SHA256=
+COPY constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     torch="$(grep -E '^torch==' constraints.txt)" \
     && if [ -n "${TORCH_INDEX_URL}" ]; then \
-         set -- --extra-index-url "${TORCH_INDEX_URL}" "${torch}+${TORCH_FLAVOR}"; \
-       else \
-         set -- "${torch}"; \
+         torch="${torch}+${TORCH_FLAVOR}"; set -- --extra-index-url "${TORCH_INDEX_URL}"; \
        fi \
-    && /opt/build/bin/pip --python /opt/lossgrad/bin/python install --constraint constraints.txt "$@"
+    && echo "${torch}${TORCH_SHA256:+ --hash=sha256:${TORCH_SHA256}}" > torch.txt \
+    && /opt/build/bin/pip --python /opt/lossgrad/bin/python install --no-deps --only-binary :all: "$@" \
+         --report torch.json --requirement torch.txt \
+    && /opt/build/bin/pip --python /opt/lossgrad/bin/python install --only-binary :all: "$@" \
+         --report libraries.json --constraint constraints.txt "${torch}"
 # A GPU image that cannot use a GPU is refused; a CPU image that is larger than it need be is only pointed out.
 RUN built="$(/opt/lossgrad/bin/python -W ignore -c \
       'import torch; cuda = torch.version.cuda; print("cu" + cuda.replace(".", "") if cuda else "cpu")')" \
@@ -48,19 +81,14 @@ RUN built="$(/opt/lossgrad/bin/python -W ignore -c \
          echo "pass --build-arg TORCH_INDEX_URL with the index that has torch's ${TORCH_FLAVOR} wheels" >&2; \
          [ "${TORCH_FLAVOR}" = cpu ]; \
        fi
-COPY pyproject.toml ./
-RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/build/bin/python -c 'import tomllib; \
-project = tomllib.load(open("pyproject.toml", "rb"))["project"]; extras = project["optional-dependencies"]; \
-print(*project["dependencies"], *extras["server"], *extras["cli"], sep="\n")' > requirements.txt \
-    && /opt/build/bin/pip --python /opt/lossgrad/bin/python install \
-         --constraint constraints.txt --requirement requirements.txt
+# What torch's wheels hold for those who build and test torch: C++ headers, test programs, protoc; 195 MB. Nothing here loads
+# or compiles them. torch_shm_manager stays: torch looks for it when it is imported.
+RUN rm -rf /opt/lossgrad/lib/python*/site-packages/torch/include /opt/lossgrad/lib/python*/site-packages/torch/test \
+    && find /opt/lossgrad/lib/python*/site-packages/torch/bin -type f ! -name torch_shm_manager -delete
 
 
 # lossgrad itself, as a small layer that lands on top of the dependencies.
 FROM build AS package
-RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/build/bin/pip install --constraint constraints.txt hatchling
 COPY LICENSE README.md pyproject.toml ./
 COPY proto proto
 COPY server server
@@ -74,19 +102,17 @@ RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir wheels .
 FROM dependencies AS kernels
 COPY --from=package /package /
 RUN NUMBA_CACHE_DIR=/opt/lossgrad/kernels /opt/lossgrad/bin/python -m lossgrad_server.engine.cpu_target
+# Debian's packages are the same here as in the image.
+COPY requirements/sbom.py ./
+RUN /opt/lossgrad/bin/python sbom.py --system / --report locked.json --report torch.json --report libraries.json \
+      > /opt/lossgrad/sbom.cdx.json
 
 
-FROM python:${PYTHON_VERSION}-slim-bookworm
-# The account has a name because torch asks for the user's name, and a fixed number so that Kubernetes can check it.
-RUN groupadd --gid 10001 lossgrad \
-    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin lossgrad
-# tini is process 1, because the kernel drops a SIGTERM that process 1 has no handler for: without it, stopping a server
-# that is still importing torch takes the whole grace period. It also reaps orphaned processes. Docker's own --init
-# would do as well, but it is the operator's to give, and Kubernetes has none.
-COPY --from=build /usr/bin/tini-static /usr/bin/tini
+FROM base
 COPY --from=dependencies /opt/lossgrad /opt/lossgrad
 COPY --from=package /package /
 COPY --from=kernels /opt/lossgrad/kernels /opt/lossgrad/kernels
+COPY --from=kernels /opt/lossgrad/sbom.cdx.json /opt/lossgrad/sbom.cdx.json
 
 # The root is read-only and /tmp is the only place to write: no bytecode, and Triton's compiled kernels go there.
 ENV PATH=/opt/lossgrad/bin:$PATH \

@@ -8,7 +8,7 @@
 # What can be set, all by environment variable:
 #   PYTHON_VERSION   the image's Python (3.12). The base image is taken if it is there, pulled if it can be; failing
 #                    both, it is made with mmdebstrap from Debian's own packages, which have Python 3.11 only
-#   TORCH_FLAVOR, TORCH_INDEX_URL   the Dockerfile's build arguments
+#   TORCH_FLAVOR, TORCH_INDEX_URL, TORCH_SHA256   the Dockerfile's build arguments
 #   PIP_CONF, CA_BUNDLE             pip's configuration and the certificates for the build, if it needs its own
 #   BUILD_VOLUMES    more to mount for the build, read-only and at the same place, separated by colons: local wheels
 #   BIN              where the SDK's Python and `lossgrad` are (.venv/bin)
@@ -116,7 +116,7 @@ build() {
   started=$(now)
   if ! buildah build --layers --pull-never --format docker "${volumes[@]}" --tag "${IMAGE}" \
     --build-arg "PYTHON_VERSION=${PYTHON_VERSION}" --build-arg "TORCH_FLAVOR=${TORCH_FLAVOR}" \
-    --build-arg "TORCH_INDEX_URL=${TORCH_INDEX_URL:-}" . >"${WORK}/build.log" 2>&1; then
+    --build-arg "TORCH_INDEX_URL=${TORCH_INDEX_URL:-}" --build-arg "TORCH_SHA256=${TORCH_SHA256:-}" . >"${WORK}/build.log" 2>&1; then
     tail -n 40 "${WORK}/build.log" >&2
     failed "image builds"
     exit 1
@@ -154,15 +154,22 @@ wait_until_healthy() {
 
 status_of_1() { podman exec "${1}" sed -n "s/^$2:[[:space:]]*//p" /proc/1/status; }
 
+# cpu_seconds: what the server has taken of it since it started
+cpu_seconds() {
+  podman exec "${NAME}" sh -c 'cat /proc/[0-9]*/stat' 2>/dev/null |
+    awk '$2 == "(lossgrad-server)" { print ($14 + $15) / 100; exit }'
+}
+
 check_confinement() {
   local started
   started=$(now)
-  start
+  # numba says what it takes from the image's kernels, and what it compiles.
+  start --env NUMBA_DEBUG_CACHE=1
   if ! wait_until_healthy; then
     failed "health check passes"
     exit 1
   fi
-  passed "health check passes" "after $(since "${started}") s"
+  passed "health check passes" "after $(since "${started}") s, $(cpu_seconds) s of CPU time"
   equal "process 1" tini "$(podman exec "${NAME}" cat /proc/1/comm)"
   equal "uid of process 1" 10001 "$(status_of_1 "${NAME}" Uid | cut -f 1)"
   equal "uid of every process" 10001 "$(podman exec "${NAME}" sh -c 'stat -c %u /proc/[0-9]*' 2>/dev/null | sort -u)"
@@ -190,6 +197,22 @@ check_service() {
   succeeds "the SDK from outside" client compute "${TARGET}"
   succeeds "the command line from outside" compute_on_the_command_line
   succeeds "the metrics from outside" client metrics "${METRICS}"
+}
+
+check_contents() {
+  local log saved loaded
+  podman exec "${NAME}" cat /opt/lossgrad/sbom.cdx.json >"${WORK}/sbom.cdx.json"
+  succeeds "bill of materials" client sbom "${WORK}/sbom.cdx.json"
+  equal "protobuf's implementation" upb "$(podman exec "${NAME}" python -c \
+    'from google.protobuf.internal import api_implementation; print(api_implementation.Type())')"
+  log=$(podman logs "${NAME}" 2>&1)
+  loaded=$(grep -c '^\[cache\] data loaded' <<<"${log}" || true)
+  saved=$(grep -c '^\[cache\] data saved' <<<"${log}" || true)
+  if ((loaded > 0 && saved == 0)); then
+    passed "kernels compiled at start" "none; ${loaded} loaded"
+  else
+    failed "kernels compiled at start" "${saved}; ${loaded} loaded"
+  fi
 }
 
 check_stop() {
@@ -310,6 +333,7 @@ find_base
 build
 check_confinement
 check_service
+check_contents
 check_stop
 check_memory_limit 512
 check_compose

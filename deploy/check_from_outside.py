@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 import lossgrad
 from lossgrad.errors import InvalidRequest, LossgradError, Overloaded, Unavailable
@@ -88,6 +90,20 @@ def metrics(url: str) -> str:
     )
     check(answered > 0, "no request is counted")
     return f"{len(values)} series, {answered:.0f} requests counted"
+
+
+def sbom(path: str) -> str:
+    """Read an image's bill of materials: valid, and with the hash of every Python package's archive."""
+    text = Path(path).read_text()
+    flaw = JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
+    check(flaw is None, f"it is not CycloneDX 1.6: {flaw}")
+    components = json.loads(text)["components"]
+    python = [component for component in components if component["purl"].startswith("pkg:pypi/")]
+    unknown = [component["name"] for component in python if "hashes" not in component]
+    check(not unknown, f"nothing says what archives these came from: {unknown}")
+    names = {component["name"] for component in components}
+    check({"torch", "numba", "grpcio", "python", "tini", "libc6"} <= names, f"it lacks some of what is there: {names}")
+    return f"{len(python)} Python packages with their archives' hashes, {len(components) - len(python)} others"
 
 
 def load(target: str) -> str:
@@ -196,6 +212,7 @@ def run_together(threads: list[threading.Thread]) -> None:
 COMMANDS: dict[str, Callable[..., str]] = {
     "compute": compute,
     "metrics": metrics,
+    "sbom": sbom,
     "load": load,
     "exhaust": exhaust,
     "dashboards": dashboards,

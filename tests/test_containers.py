@@ -96,20 +96,25 @@ def test_every_base_image_is_pinned_to_a_version() -> None:
     for word, rest in instructions():
         if word == "FROM":
             image, *name = rest.split()
-            assert image in stages or re.fullmatch(r"python:\$\{PYTHON_VERSION\}-slim-bookworm", image), image
+            assert image in stages or image == "python:${PYTHON_VERSION}-slim-bookworm${PYTHON_DIGEST}", image
             stages.update(name[1:])
     assert ("ARG", "PYTHON_VERSION=3.12") in instructions()
+    assert ("ARG", "PYTHON_DIGEST=") in instructions()
 
 
-def test_the_build_takes_pinned_versions_and_no_index_of_its_own() -> None:
+def test_the_build_takes_locked_files_and_no_index_of_its_own() -> None:
     arguments = [rest for word, rest in instructions() if word == "ARG"]
     assert "TORCH_FLAVOR=cpu" in arguments
     assert "TORCH_INDEX_URL=" in arguments  # no address: nothing here names a registry's host
     commands = [part.strip() for word, rest in instructions() if word == "RUN" for part in rest.split("&&")]
     installs = [command for command in commands if re.search(r"/pip .*\binstall\b", command)]
-    assert len(installs) == 4
-    for install in installs:
-        assert "--constraint constraints.txt" in install or "--no-index" in install, install
+    locked = [install for install in installs if "--require-hashes --no-deps --only-binary :all:" in install]
+    assert {install.rpartition(" ")[2] for install in locked} == {"image.txt", "build.txt"}
+    torch, libraries, ours = (install for install in installs if install not in locked)
+    assert "--no-deps" in torch
+    assert torch.endswith("--requirement torch.txt")  # which has the hash, where TORCH_SHA256 is given
+    assert "--constraint constraints.txt" in libraries
+    assert "--no-index" in ours
     assert re.search(r"^torch==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 
 
@@ -122,8 +127,9 @@ def test_what_the_build_copies_exists_and_is_not_ignored() -> None:
     for path in copied:
         assert (ROOT / path).exists(), path
         ignored = False
-        for pattern in patterns:  # the last that matches decides, as Docker does
-            if fnmatch(path, pattern.removeprefix("!")):
+        parts = (path, *(str(folder) for folder in Path(path).parents))
+        for pattern in patterns:  # the last that matches it, or a folder that it is in, decides, as Docker does
+            if any(fnmatch(part, pattern.removeprefix("!")) for part in parts):
                 ignored = not pattern.startswith("!")
         assert not ignored, f".dockerignore keeps {path} from the build"
 
@@ -161,6 +167,15 @@ def test_compose_files_and_their_sum_follow_the_compose_specification(tmp_path: 
     together = tmp_path / "docker-compose.yml"
     together.write_text(yaml.safe_dump(compose(*COMPOSE_FILES)))
     run(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", *COMPOSE_FILES, together)
+
+
+@pytest.mark.parametrize("files", STACKS)
+def test_docker_compose_itself_reads_them(files: list[Path]) -> None:
+    docker = tool("docker")
+    found = subprocess.run([docker, "compose", "version"], capture_output=True, text=True, check=False, timeout=60)
+    if found.returncode:
+        pytest.skip(f"docker compose is not installed: {found.stderr.strip().splitlines()[:1]}")
+    run(docker, "compose", *(part for file in files for part in ("--file", file)), "config", "--quiet")
 
 
 @pytest.mark.parametrize("files", STACKS)
@@ -210,6 +225,9 @@ def test_the_gpu_override_asks_for_a_gpu_and_fails_without_one() -> None:
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     assert service["environment"]["LOSSGRAD_DEVICE"] == "cuda:0"
+    # Triton loads what it has compiled, which Docker forbids in a tmpfs that does not say exec.
+    (cache,) = (mount for mount in service["tmpfs"] if mount.startswith(service["environment"]["TRITON_CACHE_DIR"]))
+    assert "exec" in cache.partition(":")[2].split(",")
     assert service["build"]["args"]["TORCH_FLAVOR"].startswith("cu")
     alone = compose(COMPOSE_FILES[0])["services"]["lossgrad"]
     assert service["image"] != alone["image"]

@@ -142,4 +142,11 @@ def test_the_components_can_be_added_to_an_overlay(component: str, tmp_path: Pat
     if component == "monitoring":
         assert kinds["PodMonitor"]["spec"]["selector"]["matchLabels"] == LABELS
     else:
-        assert kinds["ScaledObject"]["spec"]["scaleTargetRef"]["name"] == kinds["Deployment"]["metadata"]["name"]
+        scaled = kinds["ScaledObject"]["spec"]
+        assert scaled["scaleTargetRef"]["name"] == kinds["Deployment"]["metadata"]["name"]
+        # The label `job` of what the PodMonitor scrapes: the value of its jobLabel on the pods.
+        queries = [trigger["metadata"]["query"] for trigger in scaled["triggers"]]
+        assert queries
+        assert all(f'{{job="{LABELS["app.kubernetes.io/name"]}"}}' in query for query in queries)
+        monitor = yaml.safe_load((KUBERNETES / "components/monitoring/podmonitor.yaml").read_text())
+        assert monitor["spec"]["jobLabel"] in LABELS

@@ -13,6 +13,7 @@ import dataclasses
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, overload
@@ -21,9 +22,9 @@ import grpc
 import grpc.aio
 import numpy as np
 
+from lossgrad import tracing
 from lossgrad.calls import (
     ASK_SECONDS,
-    HEALTH_CHECK,
     HEALTH_REQUEST,
     JOINED_BYTES,
     Answer,
@@ -36,10 +37,10 @@ from lossgrad.calls import (
     prepare,
     read_info,
     require_serving,
-    stream_ended,
+    watched,
 )
-from lossgrad.channel import ChannelSettings, connect_aio
-from lossgrad.coalescer import Coalescer
+from lossgrad.channel import ChannelSettings
+from lossgrad.coalescer import AioConnection, Coalescer
 from lossgrad.errors import Cancelled, LossgradError, RequestTooLarge, from_rpc_error
 from lossgrad.evaluating import AsyncEvaluateMethods
 from lossgrad.feed import ComputeOptions, OnError, PairFeed, StreamOptions
@@ -50,11 +51,11 @@ from lossgrad.results import LossResult, ServerInfo
 from lossgrad.sweep import AsyncSweepMethods
 from lossgrad.task_stream import TaskStream, puller
 from lossgrad.tensor_buffer import filled, gradient_outs
-from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
-from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
+from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES
 from lossgrad_api.raw_bytes import join_without_gil
 
 if TYPE_CHECKING:
+    from lossgrad.metrics import CollectorRegistry
     from lossgrad.shared_memory import SharedMemory
 
 
@@ -82,6 +83,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
         coalesce: bool | None = None,
         shared_memory: bool | None = None,
         bulk: bool | None = None,
+        metrics: CollectorRegistry | None = None,
     ) -> None:
         settings = ChannelSettings.resolve(
             target,
@@ -96,6 +98,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
             coalesce=coalesce,
             shared_memory=shared_memory,
             bulk=bulk,
+            metrics=metrics,
         )
         self._set_up(settings)
 
@@ -103,9 +106,10 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
         self._settings = settings
         self._memory = new_shared_memory() if settings.shared_memory else None
         self._metadata = self._settings.metadata
+        self._metrics = settings.metrics_of("compute")
         self._limit_bytes = settings.max_message_bytes
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._connection: _Connection | None = None
+        self._connection: AioConnection | None = None
         self._is_closed = False
 
     async def __aenter__(self) -> Self:
@@ -144,11 +148,17 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
         gradient_out: Any = None,
     ) -> Answer:
         """Compute one loss, or several over the same tensors in one pass, as LossClient.compute. Raises LossgradError."""
-        specs, is_single = as_losses(losses)
-        outs = gradient_outs(gradient_out, specs, is_single=is_single)
         options = TensorOptions(
             weight=weight, mask=mask, allow_broadcast=allow_broadcast, idempotency_key=idempotency_key
         )
+        with watched(self._metrics):
+            return await self._compute(input, target, losses, options, timeout, gradient_out)
+
+    async def _compute(
+        self, input: Any, target: Any, losses: Losses, options: TensorOptions, timeout: float | None, gradient_out: Any
+    ) -> Answer:
+        specs, is_single = as_losses(losses)
+        outs = gradient_outs(gradient_out, specs, is_single=is_single)
         if self._memory is not None:
             await self._ask_for_memory(self._memory)
             shared = self._memory.prepare(input, target, specs, is_single=is_single, **options)
@@ -160,7 +170,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
                         raise
         limit = self._limit_bytes
         refusal: RequestTooLarge | None = None
-        if not is_too_large(input, target, specs, limit, weight=weight, mask=mask):
+        if not is_too_large(input, target, specs, limit, weight=options["weight"], mask=options["mask"]):
             try:
                 request = prepare(input, target, specs, is_single=is_single, max_message_bytes=limit, **options)
                 return filled(await self._compute_request(request, timeout), outs)
@@ -186,14 +196,13 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
 
     async def _send(self, request: Request, timeout: float | None) -> Answer:
         start = time.perf_counter()
-        if request.byte_count < JOINED_BYTES:
-            answer = await self._call(self._connected().compute, request.message(), timeout)
-            return request.read(answer, time.perf_counter() - start)
-        # Copied by a thread, without the GIL: tens of MiB would hold up the event loop for as many milliseconds.
         loop = asyncio.get_running_loop()
-        message = await loop.run_in_executor(None, join_without_gil, request.parts)
+        # Copied by a thread, without the GIL: tens of MiB would hold up the event loop for as many milliseconds.
+        is_large = request.byte_count >= JOINED_BYTES
+        message = await loop.run_in_executor(None, join_without_gil, request.parts) if is_large else request.message()
         answer = await self._call(self._connected().compute, message, timeout)
-        return await loop.run_in_executor(None, request.read, answer, time.perf_counter() - start)
+        read = partial(request.read, answer, time.perf_counter() - start, is_own=True)
+        return await loop.run_in_executor(None, read) if is_large and request.copies_answer else read()
 
     async def _ask_for_memory(self, memory: SharedMemory) -> None:
         if memory.must_ask:
@@ -210,7 +219,12 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
     def _compute_one(
         self, input: Any, target: Any, loss: Loss, options: dict[str, Any]
     ) -> Coroutine[Any, Any, LossResult]:
-        return self.compute(input, target, loss, **options)
+        is_plain = self._connection is not None and self._memory is None and not tracing.is_on()
+        coalescer = self._connection.coalescer if self._connection is not None and is_plain else None
+        call: Any = None if coalescer is None else coalescer.begin(input, target, loss, **options)
+        if call is not None and self._metrics is not None:
+            self._metrics.follow(call)
+        return self.compute(input, target, loss, **options) if call is None else call
 
     @overload
     def stream(
@@ -307,12 +321,12 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
         if self._memory is not None:
             self._memory.close()
 
-    def _connected(self) -> _Connection:
+    def _connected(self) -> AioConnection:
         self._check_loop()
         if self._is_closed:
             raise RuntimeError("this client is closed; make a new one")
         if self._connection is None:
-            self._connection = _Connection(connect_aio(self._settings))
+            self._connection = AioConnection(self._settings)
             if self._settings.coalesce:
                 self._connection.coalescer = Coalescer(self._settings, self._open_stream)
         return self._connection
@@ -323,15 +337,14 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
             self._loop = loop
         elif self._loop is not loop:
             raise RuntimeError(
-                "this AsyncLossClient belongs to another event loop, the one in which it was first used; make one "
-                "client "
+                "this AsyncLossClient belongs to another event loop, the one in which it was first used; make one client "
                 "in each asyncio.run(), or use LossClient from several threads"
             )
 
     async def _call(self, method: Any, message: bytes, timeout: float | None) -> bytes:
         seconds = deadline_seconds(timeout, self._settings.timeout)
         try:
-            answer: bytes = await method(message, timeout=seconds, metadata=self._metadata)
+            answer: bytes = await method(message, timeout=seconds, metadata=tracing.traced(self._metadata))
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._settings.target) from error
         except asyncio.CancelledError as error:
@@ -345,7 +358,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
     async def _run_stream(self, pairs: Iterable[Any] | AsyncIterable[Any], feed: PairFeed) -> AsyncIterator[Any]:
         """Drive the window: fill it, give back what is ready, and wait only when neither can be done."""
         window = feed.window
-        stream = TaskStream(self._open_stream)
+        stream = TaskStream(self._open_stream, feed.metrics)
         if self._memory is not None:
             await self._ask_for_memory(self._memory)
         pull = puller(pairs)
@@ -363,37 +376,27 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
                     if messages := [*feed.add(pair), *window.flush_if_slow(pull_seconds)]:
                         await stream.send(messages)
                     if stream.has_received:
-                        await self._take_received(stream, window, block=False)
+                        await self._take_received(stream, feed, block=False)
                 await stream.send(window.flush())
                 for outcome in feed.take_ready():
                     yield outcome
                 if window.is_empty and not has_more:
                     return
                 if not (has_more and window.has_room):
-                    await self._take_received(stream, window, block=True)
+                    await self._take_received(stream, feed, block=True)
                     await stream.send(window.take_due())
         finally:
             await stream.close()
 
-    async def _take_received(self, stream: TaskStream, window: StreamWindow, *, block: bool) -> None:
+    async def _take_received(self, stream: TaskStream, feed: PairFeed, *, block: bool) -> None:
         """Hand the window what has come; reopen the stream where it broke."""
-        for received in await stream.received(window.seconds_to_wait() if block else 0.0):
-            delay = 0.0
-            if isinstance(received, bytes):
-                window.receive(received)
-                if not window.must_reopen:
-                    continue
-                window.must_reopen = False
-            else:
-                error = stream_ended(received, self._settings.target)
-                seconds = None if self._is_closed else window.break_stream(error)
-                if seconds is None:
-                    raise error from received
-                delay = seconds
-            await stream.close()
-            await asyncio.sleep(delay)
-            await stream.send(window.resend())
-            return
+        for received in await stream.received(feed.window.seconds_to_wait() if block else 0.0):
+            delay = feed.take(received, is_closed=self._is_closed)
+            if delay is not None:
+                await stream.close()
+                await asyncio.sleep(delay)
+                await stream.send(feed.window.resend())
+                return
 
     def _at(self, target: str) -> AsyncLossClient:
         client = AsyncLossClient.__new__(AsyncLossClient)
@@ -402,16 +405,4 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
 
     def _open_stream(self, *, bulk: bool = False) -> Any:
         metadata = self._settings.metadata_for(bulk=True) if bulk else self._metadata
-        return self._connected().stream(timeout=None, metadata=metadata)
-
-
-class _Connection:
-    """A channel, its four methods on bytes, and what shares its streams."""
-
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self.channel = channel
-        self.compute: Any = channel.unary_unary(COMPUTE_LOSS)
-        self.info: Any = channel.unary_unary(GET_SERVER_INFO)
-        self.health: Any = channel.unary_unary(HEALTH_CHECK)
-        self.stream: Any = channel.stream_stream(STREAM_COMPUTE_LOSS)
-        self.coalescer: Coalescer | None = None
+        return self._connected().stream(timeout=None, metadata=tracing.traced(metadata))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from lossgrad import tracing
 from lossgrad.errors import InvalidRequest, LossgradError, RequestTooLarge, ServerError, Unavailable, from_rpc_error
 from lossgrad.losses import Loss
 from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing, new_loss_result, new_timing
@@ -19,10 +21,12 @@ from lossgrad.tensors import (
     Family,
     broadcast_shapes,
     is_array,
+    own_view,
     promote,
     read_mask,
     read_pair,
     read_weight,
+    tensor_of,
 )
 from lossgrad_api.codec import (
     COMPUTE_LOSS,
@@ -36,10 +40,12 @@ from lossgrad_api.codec import (
     decode_compute_response,
     encode_compute_request,
 )
+from lossgrad_api.raw_bytes import IS_SUPPORTED
 from lossgrad_api.v1 import loss_service_pb2 as pb
 
 if TYPE_CHECKING:
     from lossgrad.channel import Channel
+    from lossgrad.metrics import ClientMetrics, MethodMetrics
     from lossgrad.shared_memory import SharedMemory
 
 HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
@@ -50,6 +56,10 @@ MAX_SPECS: Final = 16
 # Below this a request is joined when it is made. A second copy costs less there than handling parts, and the caller may
 # use the arrays for something else.
 JOINED_BYTES: Final = 256 * 1024
+# From this size on an answer's arrays are made in the memory that it came in. Below it a copy costs less.
+OWNED_BYTES: Final = 64 * 1024
+# No server may be told to find so small a request too large, nor its answer: 64 KiB is its least limit. So it is not cut.
+UNCUT_BYTES: Final = 16 * 1024
 _MAX_FORMS: Final = 1024
 # How long a call may wait to learn whether the server shares memory.
 ASK_SECONDS: Final = 5.0
@@ -77,14 +87,20 @@ class Request:
         """Return the message: the one copy of the caller's elements."""
         return b"".join(self.parts)
 
+    @property
+    def copies_answer(self) -> bool:
+        """Whether reading a large answer, nobody else's, takes long: where it has several tensors, they are copied."""
+        return not IS_SUPPORTED or sum(loss.gradient + (loss.reduction == "none") for loss in self.losses) > 1
+
     def instead(self, error: LossgradError) -> Request | None:
         """Return the request to send in place of this one, which failed; None where there is none."""
         return None
 
-    def read(self, message: bytes, round_trip_seconds: float) -> Answer:
-        """Return what a ComputeLossResponse says."""
+    def read(self, message: bytes, round_trip_seconds: float, *, is_own: bool = False) -> Answer:
+        """Return what a ComputeLossResponse says. `is_own`: nobody else has it, so its one large tensor is not copied."""
+        view = own_view(message) if is_own and len(message) >= OWNED_BYTES else None
         try:
-            return self.read_view(decode_compute_response(message), round_trip_seconds)
+            return self.read_view(decode_compute_response(message, view=view), round_trip_seconds)
         except CodecError as error:
             raise ServerError(f"the server's answer cannot be read: {error}") from error
 
@@ -107,7 +123,7 @@ class Request:
         if value is not None:
             loss = family.scalar(value, self.result_type)
         elif tensor is not None:
-            loss = family.tensor(tensor)
+            loss = tensor_of(family, tensor)
         else:
             raise ServerError(f"the server's answer has no loss for {spec!r}")
         if spec.gradient and gradient is None:
@@ -115,8 +131,8 @@ class Request:
         return new_loss_result(
             loss,
             value,
-            None if gradient is None else family.tensor(gradient),
-            None if target_gradient is None else self.target_family.tensor(target_gradient),
+            None if gradient is None else tensor_of(family, gradient),
+            None if target_gradient is None else tensor_of(self.target_family, target_gradient),
             element_count,
             weight_sum,
             nonfinite_count,
@@ -168,6 +184,22 @@ class TensorOptions(TypedDict):
     mask: Any
     allow_broadcast: bool
     idempotency_key: str
+
+
+_UNWATCHED: Final = nullcontext()
+
+
+def watched(metrics: MethodMetrics | None) -> AbstractContextManager[None]:
+    """Return what counts and traces the call that runs inside; where nothing does, it costs next to nothing."""
+    if not tracing.is_on():
+        return _UNWATCHED if metrics is None else metrics.call()
+    return _counted_and_traced(metrics)
+
+
+@contextmanager
+def _counted_and_traced(metrics: MethodMetrics | None) -> Iterator[None]:
+    with _UNWATCHED if metrics is None else metrics.call(), tracing.call_span("lossgrad.compute"):
+        yield
 
 
 def new_shared_memory(ask: Callable[[], bytes] | None = None) -> SharedMemory:
@@ -223,6 +255,20 @@ def prepare(
         idempotency_key=idempotency_key,
     )
     return Request(parts, byte_count, losses, is_single, input_family, target_family, result_type)
+
+
+def known_request(input: Any, target: Any, loss: Loss) -> Request | None:
+    """Return the request for two small arrays and no options, if one of its form was made before; None for any other.
+
+    The shortest way to a request, for those who make thousands a second. It is of less than UNCUT_BYTES.
+    """
+    if not (is_array(input) and is_array(target)):
+        return None
+    form = _forms.get((input.dtype, input.shape, target.dtype, target.shape, False, loss.serialized))
+    if form is None or form.byte_count >= UNCUT_BYTES:
+        return None
+    parts = form.parts(input, target)
+    return None if parts is None else Request(parts, form.byte_count, (loss,), True, NUMPY, NUMPY, form.result_type)
 
 
 def encode(
@@ -357,7 +403,11 @@ def stream_ended(ending: Exception | None, target: str) -> LossgradError:
 class Connection:
     """A channel, and its four methods on bytes."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, metrics: ClientMetrics | None = None) -> None:
+        if metrics is not None:
+            from lossgrad.metered import MeteredChannel
+
+            channel = MeteredChannel(channel, metrics)
         self.channel = channel
         self.compute = channel.unary_unary(COMPUTE_LOSS)
         self.info = channel.unary_unary(GET_SERVER_INFO)

@@ -1,6 +1,6 @@
 """The small calls of an AsyncLossClient, put together onto one stream. CallWindow decides; this is its I/O.
 
-Everything runs in the client's event loop. A call adds itself to the window and waits for its own future. A writer task
+Everything runs in the client's event loop. A call adds itself to the window, and is a future of its answer. A writer task
 lives while there is something to send: it starts when every task that is ready has had its turn, so that a gather's calls
 are all there, and takes what has come together each time that gRPC has taken the messages before. Each stream has a
 reader task. One timer serves all deadlines, all retries and the streams' age.
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -18,11 +19,24 @@ from typing import Any, Final
 import grpc
 
 from lossgrad.call_window import CallWindow
-from lossgrad.calls import JOINED_BYTES, Answer, Request, stream_ended
-from lossgrad.channel import ChannelSettings
+from lossgrad.calls import (
+    HEALTH_CHECK,
+    JOINED_BYTES,
+    UNCUT_BYTES,
+    Answer,
+    Request,
+    deadline_seconds,
+    known_request,
+    prepare,
+    stream_ended,
+)
+from lossgrad.channel import ChannelSettings, connect_aio
 from lossgrad.errors import Cancelled, LossgradError, ServerError
 from lossgrad.exchange import FRAME_BYTES, Item
+from lossgrad.losses import Loss
 from lossgrad.task_stream import finish_stream, read_stream, write_stream
+from lossgrad.throttle import throttle_of
+from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
 
 # Larger requests are calls of their own. Below this a shared stream takes less processor time on both sides than unary
 # calls, for a lone caller too: with tensors of 1 and 64 KiB 0.85 and 0.9 of the client's, 0.65 of the server's. Above,
@@ -47,11 +61,55 @@ class _Stream:
     reader: asyncio.Task[None] | None = None
 
 
+class SharedCall(asyncio.Future[Answer]):
+    """A call under way: a future of its answer that can also be used as the coroutine of a call of its own.
+
+    A coroutine takes a task, and the task two turns of the event loop: of a thousand calls in a gather, more time than all
+    else that the client does. gather, wait_for and await take this as the future that it is; create_task and TaskGroup,
+    which take coroutines only, find `send`, `throw` and `close`.
+    """
+
+    item: Item | None = None  # until it is answered
+
+    def __init__(self, coalescer: Coalescer, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self._coalescer = coalescer
+        self._steps: Generator[Any, None, Answer] | None = None
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        """Give the call up, unless it is answered."""
+        if not super().cancel(msg=msg):
+            return False
+        item, self.item = self.item, None
+        if item is not None:
+            self._coalescer.forget(item)
+        return True
+
+    def send(self, value: None) -> Any:
+        """Go on waiting, as a coroutine does."""
+        return self._started().send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """Raise an error where the answer is waited for, as a coroutine does."""
+        return self._started().throw(*error)
+
+    def close(self) -> None:
+        """End the waiting, as a coroutine does; with it the call."""
+        self.cancel()
+
+    def _started(self) -> Generator[Any, None, Answer]:
+        if self._steps is None:
+            self._steps = self.__await__()
+        return self._steps
+
+
 class Coalescer:
     """Puts calls onto a shared stream, each with its own deadline, cancellation and error."""
 
     def __init__(self, settings: ChannelSettings, open_stream: Callable[[], Any]) -> None:
         self._target = settings.target
+        self._timeout = settings.timeout
+        self._max_message_bytes = settings.max_message_bytes
         self._open_stream = open_stream
         self._loop = asyncio.get_running_loop()
         self._window = CallWindow(
@@ -59,6 +117,8 @@ class Coalescer:
             retries=settings.retries,
             clock=self._loop.time,
             deliver=_deliver,
+            metrics=settings.metrics_of("compute"),
+            throttle=throttle_of(settings.target),
         )
         self._limit_bytes = min(COALESCED_BYTES, settings.max_message_bytes - FRAME_BYTES)
         self._streams: dict[int, _Stream] = {}
@@ -72,21 +132,65 @@ class Coalescer:
         """Whether a request is small enough."""
         return request.byte_count < self._limit_bytes
 
-    async def compute(self, request: Request, timeout_seconds: float | None) -> Answer:
-        """Compute a request. Without a timeout it may take for ever."""
-        future: asyncio.Future[Answer | Exception] = self._loop.create_future()
-        call = self._window.add(request, timeout_seconds, future)
+    def begin(
+        self,
+        input: Any,
+        target: Any,
+        loss: Loss,
+        *,
+        weight: Any = None,
+        mask: Any = None,
+        allow_broadcast: bool = False,
+        timeout: float | None = None,
+        idempotency_key: str = "",
+        gradient_out: Any = None,
+    ) -> SharedCall | None:
+        """Begin the call of a method such as `smooth_l1`; None where it is to be made in another way.
+
+        That is: with larger tensors, which might have to be cut, or with such as must be converted first; in another event
+        loop; with arguments that cannot be sent.
+        """
+        if gradient_out is not None or allow_broadcast:
+            return None
+        try:
+            if asyncio.get_running_loop() is not self._loop:
+                return None
+            request = None
+            if weight is None and mask is None and not idempotency_key:
+                request = known_request(input, target, loss)
+            if request is None:
+                if _byte_count(input) + _byte_count(target) >= UNCUT_BYTES:
+                    return None
+                request = prepare(
+                    input,
+                    target,
+                    (loss,),
+                    is_single=True,
+                    max_message_bytes=self._max_message_bytes,
+                    weight=weight,
+                    mask=mask,
+                    idempotency_key=idempotency_key,
+                )
+            if request.byte_count >= UNCUT_BYTES or not self.takes(request):
+                return None
+            return self.compute(request, deadline_seconds(timeout, self._timeout))
+        except (LossgradError, RuntimeError):
+            return None  # whoever makes it in the other way finds the same
+
+    def compute(self, request: Request, timeout_seconds: float | None) -> SharedCall:
+        """Begin to compute a request. Without a timeout it may take for ever."""
+        call = SharedCall(self, self._loop)
+        call.item = self._window.add(request, timeout_seconds, call)
         # With a writer at work, all that is left to see to is that the timer rings in time.
         if self._writer is None or self._window.wake_at < self._timer_at:
             self._proceed()
-        try:
-            outcome = await future
-        except BaseException:  # cancelled, most likely
-            self._forget(call)
-            raise
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        return call
+
+    def forget(self, call: Item) -> None:
+        """Take note that nobody waits for a call any more."""
+        self._window.forget(call)
+        self._drop_deserted()
+        self._proceed()
 
     async def close(self) -> None:
         """End every call, and every stream."""
@@ -156,7 +260,8 @@ class Coalescer:
     def _open(self) -> _Stream:
         self._opened += 1
         now = self._loop.time()
-        stream = _Stream(self._opened, self._open_stream(), now, now)
+        # In no caller's context: each request says which trace it belongs to.
+        stream = _Stream(self._opened, Context().run(self._open_stream), now, now)
         stream.reader = self._loop.create_task(read_stream(stream.call, partial(self._receive, stream)))
         self._streams[stream.number] = stream
         self._ring_by(now + MAX_IDLE_SECONDS)
@@ -182,11 +287,6 @@ class Coalescer:
             self._leave(stream, ending)
         self._proceed()
 
-    def _forget(self, call: Item) -> None:
-        self._window.forget(call)
-        self._drop_deserted()
-        self._proceed()
-
     def _drop_deserted(self) -> None:
         """End the streams on which nobody waits for an answer since some gave up: the server need not go on."""
         for number in self._window.take_deserted():
@@ -206,6 +306,33 @@ class Coalescer:
         self._window.fail_all(lambda: error)
 
 
-def _deliver(caller: asyncio.Future[Answer | Exception], outcome: Answer | Exception) -> None:
-    if not caller.done():  # cancelled, and about to say so
-        caller.set_result(outcome)
+class AioConnection:
+    """A channel of the running event loop, its four methods on bytes, and what shares its streams."""
+
+    def __init__(self, settings: ChannelSettings) -> None:
+        channel: Any = connect_aio(settings)
+        if settings.metrics is not None:
+            from lossgrad.metered import MeteredAioChannel
+
+            channel = MeteredAioChannel(channel, settings.metrics)
+        self.channel = channel
+        self.compute: Any = channel.unary_unary(COMPUTE_LOSS)
+        self.info: Any = channel.unary_unary(GET_SERVER_INFO)
+        self.health: Any = channel.unary_unary(HEALTH_CHECK)
+        self.stream: Any = channel.stream_stream(STREAM_COMPUTE_LOSS)
+        self.coalescer: Coalescer | None = None
+
+
+def _deliver(call: SharedCall, outcome: Answer | Exception) -> None:
+    call.item = None
+    if call.done():  # cancelled, and about to say so
+        return
+    if isinstance(outcome, Exception):
+        call.set_exception(outcome)
+    else:
+        call.set_result(outcome)
+
+
+def _byte_count(array: Any) -> float:
+    """Return the size of an array, infinity for what has none yet, such as a list."""
+    return getattr(array, "nbytes", math.inf)

@@ -11,13 +11,17 @@ import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
 from lossgrad.calls import JOINED_BYTES, Answer, Request
 from lossgrad.errors import DeadlineExceeded, InvalidRequest, LossgradError, ServerError, from_status
+from lossgrad.throttle import RetryThrottle
 from lossgrad_api.codec import Buffer, CodecError, ResponseView, decode_stream_response, encode_stream_request
+
+if TYPE_CHECKING:
+    from lossgrad.metrics import MethodMetrics
 
 # The server takes at least this many (ServerLimits.max_stream_requests); more per message gains little.
 MAX_REQUESTS_PER_MESSAGE: Final = 64
@@ -46,6 +50,7 @@ class Item:
     due_at: float = 0.0
     message: bytes | None = None  # of its own, if it is a large one and was packed
     is_forgotten: bool = False  # nobody waits for its answer any more
+    trace: bytes = b""  # the fields of the trace that it belongs to
 
 
 class Room:
@@ -100,11 +105,17 @@ class Exchange:
         bytes_per_message: int,
         retries: int,
         finish: Callable[[Item, Answer | LossgradError], None],
+        metrics: MethodMetrics | None = None,
+        throttle: RetryThrottle | None = None,
     ) -> None:
         self.requests_per_message = requests_per_message
         self.bytes_per_message = bytes_per_message
+        # A request of this size has a message of its own, joined at once; smaller ones are joined already.
+        self._alone_bytes = min(JOINED_BYTES, bytes_per_message)
         self._retries = retries
         self._finish = finish
+        self._metrics = metrics
+        self.throttle = throttle or RetryThrottle()
         self._sent: dict[int, Item] = {}
         self._put_off: dict[int, Item] = {}
         # Before this nothing is late and nothing due. May be early: what it stood for may be answered since.
@@ -119,18 +130,22 @@ class Exchange:
         return bool(self._sent)
 
     def is_alone(self, byte_count: int) -> bool:
-        """Whether a request of this size has a message of its own, joined at once; smaller ones are joined already."""
-        return byte_count >= min(JOINED_BYTES, self.bytes_per_message)
+        """Whether a request of this size has a message of its own."""
+        return byte_count >= self._alone_bytes
 
     def pack(self, items: Iterable[Item], now: float, stream: int = 1) -> list[bytes]:
         """Return messages of these items, which are sent from now on."""
         messages: list[bytes] = []
         packed: list[tuple[int, int, list[Buffer]]] = []
         packed_bytes = 0
+        traces: dict[int, bytes] = {}
+        sent, alone_bytes = self._sent, self._alone_bytes
         for item in items:
             request = item.request
             deadline = item.deadline
-            self._sent[item.tag] = item
+            sent[item.tag] = item
+            if item.trace:
+                traces[item.tag] = item.trace
             item.stream = stream
             if deadline is None:
                 timeout_ns = 0
@@ -138,21 +153,21 @@ class Exchange:
                 # In whole milliseconds, so that requests that were added together have equal ones: those are encoded once.
                 timeout_ns = max(1, int((deadline - now) * 1e3)) * 1_000_000
                 self.wake_at = min(self.wake_at, deadline)
-            if self.is_alone(request.byte_count):
+            if request.byte_count >= alone_bytes:
                 if item.message is None:
-                    item.message = encode_stream_request([(item.tag, timeout_ns, request.parts)])
+                    item.message = encode_stream_request([(item.tag, timeout_ns, request.parts)], traces)
                     request.parts.clear()  # the caller's arrays are not needed, nor to be read, from here on
                 messages.append(item.message)
                 continue
             if packed and (
                 len(packed) >= self.requests_per_message or packed_bytes + request.byte_count > self.bytes_per_message
             ):
-                messages.append(encode_stream_request(packed))
+                messages.append(encode_stream_request(packed, traces))
                 packed, packed_bytes = [], 0
             packed.append((item.tag, timeout_ns, request.parts))
             packed_bytes += request.byte_count + FRAME_BYTES
         if packed:
-            messages.append(encode_stream_request(packed))
+            messages.append(encode_stream_request(packed, traces))
         return messages
 
     def receive(self, message: bytes, now: float) -> None:
@@ -162,30 +177,42 @@ class Exchange:
         except CodecError as error:
             raise ServerError(f"the server's answer cannot be read: {error}") from error
         take, finish = self._sent.pop, self._finish
+        may_retry: bool | None = None  # asked once for a message, whatever failed in it
+        answered = 0
         for tag, outcome in outcomes:
             item = take(tag, None)
             if item is None:
                 continue  # answered before: given up here, or sent twice because the stream broke
             if not isinstance(outcome, ResponseView):
-                self.fail(item, from_status(outcome), now)
+                failure = from_status(outcome)
+                if may_retry is None and failure.code in TRANSIENT:
+                    may_retry = self.throttle.failed()
+                self.fail(item, failure, now, may_retry=may_retry is not False)
                 continue
+            answered += 1
             answer: Answer | LossgradError
             try:
                 answer = item.request.read_view(outcome, now - item.added_at)
             except LossgradError as error:
                 answer = error
             finish(item, answer)
+        self.throttle.succeeded(answered)
 
-    def fail(self, item: Item, error: LossgradError, now: float, jitter: float | None = None) -> None:
+    def fail(
+        self, item: Item, error: LossgradError, now: float, jitter: float | None = None, *, may_retry: bool = True
+    ) -> None:
         """Take note that a request, which is not sent now, failed: it is put off to be sent again, or finished."""
         if (other := item.request.instead(error)) is not None:
             item.request, item.message, item.due_at = other, None, now
             self._put_off[item.tag] = item
             self.wake_at = min(self.wake_at, now)
+            if self._metrics is not None:
+                self._metrics.retried(error)
             return
         if error.reason == "DRAINING":
             self.draining.add(item.stream)
-        if error.code not in TRANSIENT or item.failures >= self._retries or item.is_forgotten:
+        is_over = item.failures >= self._retries or item.is_forgotten or not may_retry
+        if error.code not in TRANSIENT or is_over:
             self._finish(item, error)
             return
         item.failures += 1
@@ -195,6 +222,8 @@ class Exchange:
             return
         self._put_off[item.tag] = item
         self.wake_at = min(self.wake_at, item.due_at)
+        if self._metrics is not None:
+            self._metrics.retried(error)
 
     def take_due(self, now: float) -> list[Item]:
         """Return the items to send again now; give up what is past its deadline."""
@@ -228,10 +257,14 @@ class Exchange:
     def lose(self, stream: int, error: LossgradError, now: float) -> None:
         """Take note that a stream is gone: what is unanswered is put off to be sent again, or failed."""
         jitter = _jitter()  # one for all, which then travel together again
-        for item in self.take_sent(stream):
+        lost = self.take_sent(stream)
+        may_retry = not lost or error.code not in TRANSIENT or self.throttle.failed()
+        if self._metrics is not None and not all(item.is_forgotten for item in lost):
+            self._metrics.reconnected(error)
+        for item in lost:
             own = copy.copy(error)  # one for each caller: an exception that is raised carries where
             own.__cause__ = error.__cause__
-            self.fail(item, own, now, jitter)
+            self.fail(item, own, now, jitter, may_retry=may_retry)
         self.draining.discard(stream)
 
     def forget(self, item: Item) -> None:

@@ -1,7 +1,7 @@
 """Arrays of every kind -> WireTensor, and back into the kind, device and type that the caller uses. torch: torch_tensors.py.
 
 Nothing is copied on the way in where the elements already lie in C order and little-endian. On the way out every array
-is the caller's own: writable, and no view into the answer.
+is the caller's own: writable, and in memory that nobody else has.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from lossgrad.errors import InvalidRequest, ServerError
 from lossgrad_api.codec import WireTensor
+from lossgrad_api.raw_bytes import IS_SUPPORTED, address_of
 from lossgrad_api.v1 import tensor_pb2 as pb
 
 FLOAT16: Final = int(pb.DATA_TYPE_FLOAT16)
@@ -41,6 +42,8 @@ ITEMSIZES: Final = {number: 2 if name == "bfloat16" else np.dtype(name).itemsize
 FLOATS: Final = frozenset((FLOAT16, BFLOAT16, FLOAT32, FLOAT64))
 
 _SMALL_BYTES: Final = 64 * 1024
+# What an allocator gives at least, and every operation on arrays does well with.
+_ALIGNMENT: Final = 16
 
 # Up to here a number is within the range of every type.
 _SAFE: Final = 65504.0
@@ -132,6 +135,45 @@ class NumpyFamily:
 
 
 NUMPY: Final = NumpyFamily()
+
+
+def own_view(message: bytes) -> memoryview | None:
+    """Return a writable view of a message that nobody else has, which keeps it alive; None where there can be none.
+
+    A bytes object is immutable for those who see it. This one nobody sees any more but through the arrays made of it.
+    """
+    if not IS_SUPPORTED:
+        return None
+    return np.asarray(_Memory(message)).data
+
+
+def tensor_of(family: Family, wire: WireTensor) -> Any:
+    """Return a tensor of an answer as an array of the caller's own: in the memory that it came in, if that is its own.
+
+    It is where it lies in an `own_view`, is aligned, and is most of what that holds: no array keeps much more memory than
+    its own alive. Otherwise the array is a copy.
+    """
+    if len(wire.data) <= _SMALL_BYTES:
+        return family.tensor(wire)
+    whole: Any = wire.data.obj if isinstance(wire.data, memoryview) else None
+    if isinstance(getattr(whole, "base", None), _Memory) and 2 * len(wire.data) > whole.nbytes:
+        address = np.frombuffer(wire.data, np.uint8).__array_interface__["data"][0]
+        if address % _ALIGNMENT == 0:
+            return family.adopt(wire)
+    return family.tensor(wire)
+
+
+class _Memory:
+    """The memory of a bytes object, for NumPy: as writable."""
+
+    def __init__(self, message: bytes) -> None:
+        self._message = message
+        self.__array_interface__ = {
+            "data": (address_of(message), False),
+            "shape": (len(message),),
+            "typestr": "|u1",
+            "version": 3,
+        }
 
 
 def read_pair(input: Any, target: Any) -> tuple[Operand, Operand]:

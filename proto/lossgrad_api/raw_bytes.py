@@ -60,10 +60,30 @@ def new_bytes(size: int) -> tuple[bytes, int]:
     return made, _address_of(made)
 
 
+def address_of(data: bytes) -> int:
+    """Return where the contents of a bytes object are."""
+    address: int = _address_of(data)
+    return address
+
+
 def writable_view(address: int, size: int) -> memoryview:
     """Return a writable view of memory, which does not keep alive what the memory belongs to."""
     view: memoryview = _view(address, size, _WRITABLE)
     return view
+
+
+def copy_without_gil(address: int, part: Buffer) -> None:
+    """Copy a contiguous part to an address. Other threads run meanwhile. The caller answers for what is there."""
+    if not IS_SUPPORTED:
+        writable = (ctypes.c_char * len(part)).from_address(address)
+        memoryview(writable).cast("B")[:] = part
+        return
+    source = _PyBuffer()
+    _get_buffer(part, source, _SIMPLE)
+    try:
+        ctypes.memmove(address, source.buf, source.len)
+    finally:
+        _release_buffer(source)
 
 
 def join_without_gil(parts: Sequence[Buffer]) -> bytes:

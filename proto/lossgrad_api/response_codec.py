@@ -90,25 +90,17 @@ def encode_compute_response(stats: StatsView, results: Iterable[ResultView], ide
 
 def encode_stats(stats: StatsView) -> bytes:
     """Return the field of a ComputeLossResponse that holds its ComputeStats."""
-    body = scalar_field(1, stats[0]) + _stats_of_batch(stats[1:])
+    queue_ns, pack_ns, compute_ns, unpack_ns, request_count, element_count, device = stats
+    body = pb.ComputeStats(
+        queue_ns=queue_ns,
+        pack_ns=pack_ns,
+        compute_ns=compute_ns,
+        unpack_ns=unpack_ns,
+        batch_request_count=request_count,
+        batch_element_count=element_count,
+        device=device,
+    ).SerializeToString()
     return b"\x0a" + varint(len(body)) + body
-
-
-@lru_cache(maxsize=64)
-def _stats_of_batch(stats: tuple[int, int, int, int, int, str]) -> bytes:
-    """Return all of a ComputeStats but its first field: equal for all requests of a batch, which come one after another."""
-    pack_ns, compute_ns, unpack_ns, request_count, element_count, device = stats
-    # scalar_field by hand: a request that is computed alone has stats of its own.
-    fields = b"\x10" + signed_varint(pack_ns) if pack_ns else b""
-    if compute_ns:
-        fields += b"\x18" + signed_varint(compute_ns)
-    if unpack_ns:
-        fields += b"\x20" + signed_varint(unpack_ns)
-    if request_count:
-        fields += b"\x28" + signed_varint(request_count)
-    if element_count:
-        fields += b"\x30" + signed_varint(element_count)
-    return fields + string_field(7, device)
 
 
 def counts_fields(element_count: int, weight_sum: float, nonfinite_count: int) -> bytes:
@@ -163,9 +155,14 @@ def stream_response_parts(responses: Iterable[tuple[int, Sequence[Buffer] | stat
     return message
 
 
-def decode_compute_response(data: bytes, start: int = 0, end: int | None = None) -> ResponseView:
-    """Return the ComputeLossResponse `data[start:end]`; its tensors' data are views into `data`. Raises CodecError."""
-    return _decode_response(data, memoryview(data), start, len(data) if end is None else end)
+def decode_compute_response(
+    data: bytes, start: int = 0, end: int | None = None, *, view: memoryview | None = None
+) -> ResponseView:
+    """Return the ComputeLossResponse `data[start:end]`. Raises CodecError.
+
+    Its tensors' data are views into `data`: slices of `view`, which is one of all of `data`, if it is given.
+    """
+    return _decode_response(data, memoryview(data) if view is None else view, start, len(data) if end is None else end)
 
 
 def _read_span(data: bytes, position: int, end: int) -> tuple[int, int]:
@@ -219,7 +216,7 @@ def _decode_stats(body: bytes) -> StatsView:
 def _decode_stats_of_batch(body: bytes) -> tuple[int, int, int, int, int, str] | None:
     """Return all of a ComputeStats but its first field; None where that is in `body`, too, which would set it again.
 
-    The counterpart of `_stats_of_batch`: what the answers of a batch have in common is read once.
+    What the answers of a batch have in common is read once.
     """
     stats = _parse_stats(b"\x08\x01" + body)
     if stats.queue_ns != 1 or _parse_stats(body).queue_ns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from lossgrad_api.wire import LENGTH, Buffer, WireTensor, scalar_field, string_field, tensor_head, varint
@@ -19,8 +20,9 @@ HANDOVER_MARK: Final = b"LGM1"
 
 _PLACE: Final = struct.Struct(f"<2s{TOKEN_BYTES}scQcQ")
 # Tags: field number * 8 + wire type.
-_MASK, _WEIGHT, _TARGET, _INPUT, _OUTPUTS = (number << 3 | LENGTH for number in (4, 5, 6, 7, 8))
-_SHARED_MEMORY: Final = 4 << 3 | LENGTH
+_MASK, _WEIGHT, _TARGET, _INPUT, OUTPUTS_TAG = (number << 3 | LENGTH for number in (4, 5, 6, 7, 8))
+SHARED_MEMORY_TAG: Final = 4 << 3 | LENGTH  # of Tensor
+_OUTPUTS_HEAD: Final = varint(OUTPUTS_TAG) + varint(_PLACE.size)
 
 
 class HandoverAsk(IntEnum):
@@ -76,18 +78,22 @@ def encode_shared_request(
         elif tensor is not None:
             parts += (tensor_head(tag, tensor.data_type, tensor.shape, len(tensor.data)), tensor.data)
     if outputs is not None:
-        place = _place(outputs)
-        parts.append(varint(_OUTPUTS) + varint(len(place)) + place)
+        parts.append(_OUTPUTS_HEAD + _place(outputs))
     return parts
 
 
 def _shared_tensor(tag: int, tensor: SharedTensor) -> bytes:
-    place = _place(tensor.part)
-    head = scalar_field(1, tensor.data_type)
-    if tensor.shape:
-        head += b"\x12" + varint(8 * len(tensor.shape)) + struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape)
-    body = head + varint(_SHARED_MEMORY) + varint(len(place)) + place
-    return varint(tag) + varint(len(body)) + body
+    return _shared_tensor_head(tag, tensor.data_type, tensor.shape) + _place(tensor.part)
+
+
+@lru_cache(maxsize=1024)
+def _shared_tensor_head(tag: int, data_type: int, shape: tuple[int, ...]) -> bytes:
+    """Return everything of a Tensor field up to its place."""
+    head = scalar_field(1, data_type)
+    if shape:
+        head += b"\x12" + varint(8 * len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
+    head += varint(SHARED_MEMORY_TAG) + varint(_PLACE.size)
+    return varint(tag) + varint(len(head) + _PLACE.size) + head
 
 
 def _place(part: SharedPart) -> bytes:

@@ -12,6 +12,10 @@ from datetime import UTC, datetime
 from typing import Final, TextIO
 
 FORMATS: Final = ("auto", "text", "json")
+# How gRPC says that an answer could not be sent. Callers may hang up when they like, so that is no error of ours, and a
+# hostile one must not fill the log with it.
+_GRPC_LOGGER: Final = "grpc._cython.cygrpc"
+_HUNG_UP: Final = "ExecuteBatchError"
 _TEXT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 # What a LogRecord has of its own; everything else was given by `extra` and belongs into the line.
@@ -45,3 +49,14 @@ def configure(level: str, style: str, stream: TextIO = sys.stderr, logger: loggi
     configured = logger or logging.getLogger()
     configured.handlers[:] = [handler]
     configured.setLevel(level.upper())
+    of_grpc = logging.getLogger(_GRPC_LOGGER)
+    if _without_hung_up not in of_grpc.filters:
+        of_grpc.addFilter(_without_hung_up)
+
+
+def _without_hung_up(record: logging.LogRecord) -> bool:
+    """Keep gRPC's complaints about callers that hung up for those who debug."""
+    if not record.getMessage().startswith(_HUNG_UP):
+        return True
+    record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+    return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)

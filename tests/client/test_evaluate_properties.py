@@ -24,7 +24,7 @@ from lossgrad_api import accumulation as api
 from lossgrad_api import codec
 from lossgrad_api.loss_totals import LossTotal
 from lossgrad_api.v1 import loss_service_pb2 as pb
-from lossgrad_server.app import EmbeddedServer
+from lossgrad_server.embedded import EmbeddedServer
 from tests.server.accumulate_calls import CHUNK, MSE, SMOOTH_L1, Answers, config, slice_of
 
 LOSSES = (lossgrad.SmoothL1(beta=0.5), lossgrad.MSE(reduction="sum"))
@@ -200,7 +200,7 @@ def test_any_resume_point(
     path: Path = tmp_path_factory.mktemp("resume") / "checkpoint"
     order = data.draw(st.permutations(range(len(BATCHES))))
     # What never comes about (so few are left) ends no run.
-    runs = [Interrupted(order, **{kind: point}) for kind, point in points] + [Interrupted(order)]
+    runs: list[Any] = [Interrupted(order, **{kind: point}) for kind, point in points] + [Interrupted(order)]
     total = 0
     for run in runs:
         with contextlib.suppress(Stop):

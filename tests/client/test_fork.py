@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+GRPC_SKIPPED = "skipping fork() handlers"
+
 FORKING = """
 import multiprocessing, os, sys
 import numpy as np
@@ -59,7 +61,16 @@ if __name__ == "__main__":
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_forked_children_make_connections_of_their_own(target: str, tmp_path: Path) -> None:
     (tmp_path / "forking.py").write_text(FORKING)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "forking.py"), target], capture_output=True, text=True, timeout=100, check=False
-    )
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "forking.py"), target],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        # gRPC says so where a thread of its own was at work in that very moment, and such a child may die of a check of
+        # gRPC's (docs/reliability.md, R33): try again. What goes wrong without that is ours.
+        if done.returncode == 0 or not (GRPC_SKIPPED in done.stderr and "Check failed" in done.stderr):
+            break
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

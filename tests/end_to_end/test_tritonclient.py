@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -150,7 +151,17 @@ def native_loss(model: str, reduction: str) -> lossgrad.Loss:
     return (lossgrad.L1 if model.startswith("l1") else lossgrad.MSE)(**options)
 
 
-@pytest.mark.parametrize("dtype", ["FP16", "FP32", "FP64"])
+def native(array: Array, dtype: str) -> Array:
+    """Return an array as our SDK takes it: it has bfloat16 where tritonclient has float32 only."""
+    return array.astype(ml_dtypes.bfloat16) if dtype == "BF16" else array
+
+
+def tritons(array: Any, dtype: str) -> bytes:
+    """Return the bytes of a result of our SDK as tritonclient gives it."""
+    return bytes(np.asarray(array).astype(NUMPY[dtype]).tobytes())
+
+
+@pytest.mark.parametrize("dtype", TORCH)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_both_clients_in_one_process_get_the_same_bits(
     client: Any, server: RunningServer, loss: str, dtype: str
@@ -164,16 +175,33 @@ def test_both_clients_in_one_process_get_the_same_bits(
             more: dict[str, Any] = {}
             if "masked" in suffix:
                 arrays |= {"WEIGHT": weight, "MASK": mask}
-                more = {"weight": weight, "mask": mask}
+                more = {"weight": native(weight, dtype), "mask": mask}
             for reduction in ("sample_mean", "sample_sum", "mean", "sum", "none"):
                 asked = text(parameters) | {"reduction": reduction}
                 theirs = client.infer(loss + suffix, tensors(dtype, **arrays), parameters=asked)
-                (native,) = ours.compute(input, target, [native_loss(loss + suffix, reduction)], **more)
-                expected = np.asarray(native.loss).astype(NUMPY[dtype])
-                assert theirs.as_numpy("LOSS").tobytes() == expected.tobytes(), (suffix, reduction)
+                pair = (native(input, dtype), native(target, dtype))
+                (result,) = ours.compute(*pair, [native_loss(loss + suffix, reduction)], **more)
+                assert theirs.as_numpy("LOSS").tobytes() == tritons(result.loss, dtype), (suffix, reduction)
                 if "grad" in suffix:
-                    assert native.gradient is not None
-                    assert theirs.as_numpy("GRAD").tobytes() == np.asarray(native.gradient).tobytes()
+                    assert result.gradient is not None
+                    assert theirs.as_numpy("GRAD").tobytes() == tritons(result.gradient, dtype)
+
+
+async def test_asyncio_and_streams_get_the_bits_of_the_plain_client(
+    client: Any, aio_client: Any, server: RunningServer
+) -> None:
+    pair = tensors("FP32", INPUT=values(7, 33), TARGET=values(7, 33, seed=2))
+    asked = {"parameters": {"reduction": "sum"}, "inputs": pair}
+    expected = client.infer("smooth_l1_grad", **asked)
+    answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    client.async_stream_infer("smooth_l1_grad", **asked)
+    streamed, error = await asyncio.to_thread(answers.get, timeout=PATIENCE_SECONDS)
+    assert error is None
+    client.stop_stream()
+    for result in (await aio_client.infer("smooth_l1_grad", **asked), streamed):
+        for name in ("LOSS", "COUNT", "GRAD"):
+            assert result.as_numpy(name).tobytes() == expected.as_numpy(name).tobytes()
 
 
 # ---- Many at a time ----

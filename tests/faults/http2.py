@@ -21,6 +21,7 @@ __all__ = ["Peer", "StreamEnded", "StreamReset", "frame", "framed", "headers_of"
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, CONTINUATION = 0x0, 0x1, 0x3, 0x4, 0x6, 0x9
 END_STREAM, END_HEADERS = 0x1, 0x4
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 def headers_of(path: str = COMPUTE_LOSS, *more: tuple[str, str]) -> list[tuple[str, str]]:

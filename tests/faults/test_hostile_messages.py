@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import random
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 
 from lossgrad_api import codec
@@ -18,6 +16,7 @@ from lossgrad_api.codec import COMPUTE_LOSS, STREAM_COMPUTE_LOSS
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_api.v1 import tensor_pb2
 from tests.faults.http2 import Peer, headers_of
+from tests.faults.noise import INSIDE, Noise
 from tests.faults.programs import serving
 from tests.faults.resources import MIB, peak_bytes, reset_peak, resident_bytes
 from tests.server import wire_messages as wire
@@ -25,9 +24,8 @@ from tests.server.program import Program
 from tests.server.requests import L1, request
 
 LIMIT_BYTES = 64 * MIB
-# What is told to those who send nonsense: what they must change, and nothing of the inside.
-DOCUMENTED = {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED"}
-INSIDE = ("Traceback", ".py", "Error(", "Exception", "0x", "numpy", "torch.", "lossgrad_server", "site-packages")
+# What is told to those who send nonsense: what they must change.
+DOCUMENTED = {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +68,7 @@ def test_r23_a_gzip_bomb_is_not_unpacked(served: tuple[Program, str]) -> None:
     more = peak_bytes(program.process.pid) - before
     print(f"\ngzip bomb, {len(bomb)} bytes for 500 MB: status {status} ({text}), {more / MIB:.0f} MiB more")
     assert status in ("8", "12")  # RESOURCE_EXHAUSTED, or gzip not taken at all
-    assert more < 96 * MIB
+    assert more < LIMIT_BYTES + 16 * MIB  # what any message of the largest size may take; never 500 MB
 
 
 @pytest.mark.parametrize("over", [-1, 0, 1])
@@ -114,64 +112,6 @@ def test_r25_parsing_costs_no_more_than_the_message(served: tuple[Program, str],
     print(f"\n60 MiB of {kind}: {more / MIB:.0f} MiB more")
     assert error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT)
     assert more < 3 * size
-
-
-class Noise:
-    """Messages of noise: random bytes, right requests with some bytes changed, and requests with absurd values."""
-
-    def __init__(self, seed: int) -> None:
-        self._chance = random.Random(seed)
-
-    def message(self) -> bytes:
-        return self._chance.choice((self._bytes, self._changed, self._absurd))()
-
-    def _bytes(self) -> bytes:
-        return self._chance.randbytes(self._chance.choice((0, 1, 2, 7, 64, 500)))
-
-    def _changed(self) -> bytes:
-        chance = self._chance
-        shape = [chance.randrange(4) for _ in range(chance.randrange(4))]
-        data = np.zeros(shape, np.float32)
-        message = bytearray(request(data, data).SerializeToString())
-        for _ in range(chance.randrange(1, 4)):
-            at = chance.randrange(len(message))
-            if chance.random() < 0.3:
-                del message[at:]
-                message += chance.randbytes(chance.randrange(20))
-                if not message:
-                    break
-            else:
-                message[at] = chance.randrange(256)
-        return bytes(message)
-
-    def _absurd(self) -> bytes:
-        chance: Any = self._chance
-        extents = [0, 1, 3, 2**31, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
-
-        def tensor() -> tensor_pb2.Tensor:
-            ndim = chance.choice((0, 1, 2, 3, 8, 65, 1000))
-            return tensor_pb2.Tensor(
-                data_type=chance.choice((0, 1, 2, 3, 4, 5, 99, 2**31 - 1, -1)),
-                shape=[chance.choice(extents) for _ in range(ndim)],
-                data=bytes(chance.choice((0, 1, 4, 12, 100))),
-            )
-
-        beta = chance.choice((0.0, -0.0, -1.0, float("nan"), float("inf"), 1e-320, 1e308))
-        spec = chance.choice(
-            (
-                pb.LossSpec(smooth_l1=pb.SmoothL1Loss(beta=beta), include_gradient=True),
-                pb.LossSpec(huber=pb.HuberLoss(delta=beta)),
-                pb.LossSpec(mse=pb.MseLoss(), denominator=beta),
-                pb.LossSpec(l1=pb.L1Loss(), reduction=chance.choice((0, 1, 2, 3, 4, 77))),
-                pb.LossSpec(),
-            )
-        )
-        return pb.ComputeLossRequest(
-            specs=[spec] * chance.choice((0, 1, 2, 17)),
-            input=tensor(),
-            target=tensor(),
-            allow_broadcast=chance.random() < 0.5,
-        ).SerializeToString()
 
 
 def check_noise(served: tuple[Program, str], call: Call, count: int) -> None:
@@ -219,8 +159,12 @@ def test_r26_noise_on_a_stream_ends_that_stream_or_that_request_alone(served: tu
             good = request([5.0], [0.0], L1).SerializeToString()
             tagged = [(tag, 0, [noise.message() if tag != 4 else good]) for tag in range(8)]
             try:
-                (answer,) = method(iter([codec.encode_stream_request(tagged)]), timeout=30)
-                by_tag = {one.tag: one for one in pb.StreamComputeLossResponse.FromString(answer).responses}
+                answers = list(
+                    method(iter([codec.encode_stream_request(tagged)]), timeout=30)
+                )  # one message or several
+                responses = [one for text in answers for one in pb.StreamComputeLossResponse.FromString(text).responses]
+                by_tag = {one.tag: one for one in responses}
+                assert len(by_tag) == len(responses)
                 assert by_tag[4].response.results[0].scalar == 5.0
                 assert len(by_tag) == 8
                 codes["answered"] += 1

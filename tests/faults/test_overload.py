@@ -12,7 +12,8 @@ import pytest
 from lossgrad_api.codec import COMPUTE_LOSS
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_server import engine
-from lossgrad_server.batching.batcher import Batcher, _Run
+from lossgrad_server.batching.batcher import Batcher
+from lossgrad_server.batching.run import Run
 from tests.faults.generator import Call, Load, message
 from tests.faults.load import Generator, Report, percentile
 from tests.faults.paced_server import PacedWorker
@@ -86,7 +87,7 @@ def test_r09_tight_deadlines_cost_the_device_nothing_once_they_have_passed(
     begin = Batcher._begin
     begun, expired = 0, 0
 
-    def spy(batcher: Batcher, batch: object, under_way: list[_Run], *, is_large: bool) -> None:
+    def spy(batcher: Batcher, batch: object, under_way: list[Run], *, is_large: bool) -> None:
         nonlocal begun, expired
         now = time.monotonic()
         for job in batch.jobs:  # type: ignore[attr-defined]
@@ -116,7 +117,6 @@ def test_r09_tight_deadlines_cost_the_device_nothing_once_they_have_passed(
     eventually(lambda: running.batcher.admitted_requests == 0)
 
 
-@pytest.mark.faults  # 2,000 calls at a time: on busy cores, beside other tests, its patience runs out
 def test_r10_mass_cancel_leaves_the_others_right_and_nothing_behind(
     start_server: StartServer, connect: Connect
 ) -> None:
@@ -125,7 +125,9 @@ def test_r10_mass_cancel_leaves_the_others_right_and_nothing_behind(
     call = stub_on(connect(running.address)).ComputeLoss
     worker.hold()
     calls = [call.future(request([float(k)] * 8, [0.0] * 8, L1), timeout=60) for k in range(2000)]
-    eventually(lambda: running.batcher.admitted_requests == 2000)
+    # None is lost on the way: left to itself, gRPC resets some of a burst of over a thousand calls.
+    eventually(lambda: running.batcher.admitted_requests == 2000 or any(one.done() for one in calls))
+    assert [one.code() for one in calls if one.done()] == []
     for one in calls[::2]:
         one.cancel()
     kept = calls[1::2]

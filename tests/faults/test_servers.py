@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import resource
 import signal
@@ -72,7 +74,7 @@ def test_r04_one_of_two_servers_is_killed_and_no_caller_sees_an_error(elements: 
         f"\nkilled one of two, {elements * 8} bytes a call: {len(failures)} errors; {before} calls a second, then {after}"
     )
     assert not failures, failures[0]
-    assert after >= 0.3 * before
+    assert after >= 0.4 * before
 
 
 def test_r05_a_frozen_server_costs_callers_their_deadline_and_serves_when_it_thaws(served: tuple[Program, str]) -> None:
@@ -81,10 +83,20 @@ def test_r05_a_frozen_server_costs_callers_their_deadline_and_serves_when_it_tha
         for _ in range(30):  # it knows its pace, which the frozen second must not spoil
             client.l1(X, Y)
         program.signal(signal.SIGSTOP)
-        began = time.monotonic()
-        with pytest.raises(lossgrad.DeadlineExceeded):
-            client.l1(X, Y, timeout=1)
-        late = time.monotonic() - began - 1
+        lateness: list[float] = []
+
+        def call() -> None:
+            began = time.monotonic()
+            with pytest.raises(lossgrad.DeadlineExceeded):
+                client.l1(X, Y, timeout=1)
+            lateness.append(time.monotonic() - began - 1)
+
+        callers = [threading.Thread(target=call) for _ in range(9)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        late = percentile(sorted(lateness), 50)  # the machine's own pauses are not the server's
         program.signal(signal.SIGCONT)
         began = time.monotonic()
         client.l1(X, Y, timeout=5)
@@ -92,7 +104,8 @@ def test_r05_a_frozen_server_costs_callers_their_deadline_and_serves_when_it_tha
     print(
         f"\nfrozen: callers fail {late * 1e3:.0f} ms after their deadline; served {thawed * 1e3:.0f} ms after it thawed"
     )
-    assert late < 0.3
+    assert len(lateness) == 9
+    assert abs(late) < 0.1
     assert thawed < 1
 
 
@@ -123,7 +136,7 @@ def test_r14_without_descriptors_callers_are_served_and_new_ones_once_there_are_
         f"\nno descriptors left: callers served at {busy:.0%} of a core; a new one {seconds:.1f} s after there were some"
     )
     assert seconds < 10
-    assert busy < 0.5
+    assert busy < 0.2
 
 
 def test_r15_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
@@ -151,29 +164,38 @@ def test_r34_slow_scrapes_hold_up_no_caller() -> None:
     with serving(Program("--port=0", "--metrics-port=0", "--threads=1")) as (program, address):
         port = free_metrics_port(program)
         with lossgrad.LossClient(address) as client:
-            alone = calls(client, 200)
-            slow = []
-            for _ in range(10):
-                one = socket.create_connection(("127.0.0.1", port), timeout=5)
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-                one.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")  # and reads nothing of the answer
-                slow.append(one)
-            time.sleep(0.5)
-            stalled = calls(client, 200)
-            for one in slow:
-                one.close()
-    print(f"\n10 stalled scrapes: calls' p50 {alone * 1e3:.2f} ms alone, {stalled * 1e3:.2f} ms beside them")
-    assert stalled < 1.5 * alone + 0.002
+            calls(client, 100)
+            # By turns, and the best of each: what else the machine does comes to both.
+            alone, stalled = math.inf, math.inf
+            for _ in range(8):
+                alone = min(alone, calls(client, 100))
+                with contextlib.ExitStack() as scrapes:
+                    for _ in range(10):
+                        one = scrapes.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+                        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+                        one.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")  # and reads nothing of the answer
+                    wait_until_idle(program.process.pid)  # all that is left of them is that nobody reads
+                    stalled = min(stalled, calls(client, 100))
+    print(f"\n10 stalled scrapes: calls' p99 {alone * 1e3:.2f} ms alone, {stalled * 1e3:.2f} ms beside them")
+    assert stalled <= 1.2 * alone + 0.0005  # the last is the resolution of a busy machine
+
+
+def wait_until_idle(pid: int) -> None:
+    """Wait until a process has done nothing for a fifth of a second."""
+    before = -1.0
+    while (now := processor_seconds(pid)) != before:
+        before = now
+        time.sleep(0.2)
 
 
 def calls(client: lossgrad.LossClient, count: int) -> float:
-    """Return the median seconds of calls."""
+    """Return the seconds within which 99 of 100 calls are answered."""
     seconds = []
     for _ in range(count):
         began = time.monotonic()
         client.l1(X, Y, timeout=5)
         seconds.append(time.monotonic() - began)
-    return percentile(sorted(seconds), 50)
+    return percentile(sorted(seconds), 98.5)
 
 
 def free_metrics_port(program: Program) -> int:
@@ -237,5 +259,5 @@ def test_r36_a_setting_that_cannot_be_used_ends_it_before_it_serves(
     assert named in said[0]
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
-    # Most of it is loading torch, which those settings need not that a file or a flag shows to be wrong.
-    assert seconds < 10
+    # Of a core, and not by the clock of a machine that others use too. Most of it is loading torch, where it is needed.
+    assert seconds < 5

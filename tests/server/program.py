@@ -25,7 +25,7 @@ class Program:
         """Start it. `program` is what Python is to run instead."""
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, *(program or self.command), "--device", "cpu", *arguments],
+            [*self.launcher(), sys.executable, *(program or self.command), "--device", "cpu", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -35,6 +35,10 @@ class Program:
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def launcher(self) -> Sequence[str]:
+        """Return the command that runs Python; none, unless a subclass has one."""
+        return ()
 
     def _read(self) -> None:
         assert self.process.stderr is not None

@@ -53,3 +53,22 @@ def test_text_is_for_people(style: str, stream: io.StringIO) -> None:
     lines = written(style, stream)
     assert lines[0].endswith(" INFO lossgrad_server.test: Ready on unix:/run/lossgrad.sock")
     assert lines[-1] == "ValueError: boom"
+
+
+@pytest.mark.parametrize(
+    ("level", "said"), [("info", ["another"]), ("debug", ["ExecuteBatchError raised in core by x", "another"])]
+)
+def test_callers_that_hang_up_are_no_errors(level: str, said: list[str]) -> None:
+    stream = io.StringIO()
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    try:
+        logs.configure(level, "json", stream)
+        logger = logging.getLogger("grpc._cython.cygrpc")
+        logger.error("ExecuteBatchError raised in core by x")
+        logger.error("another")
+    finally:
+        root.handlers[:], root.level = before
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["message"] for line in lines] == said
+    assert [line["severity"] for line in lines] == ["DEBUG", "ERROR"][-len(said) :]

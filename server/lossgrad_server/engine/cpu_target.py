@@ -53,7 +53,8 @@ def main() -> None:
     """Compile the kernels for every level, each in a process of its own."""
     program = "from lossgrad_server.engine.cpu_kernel import load_kernel; load_kernel()"
     for name in LEVELS:
-        subprocess.run([sys.executable, "-c", program], env={**os.environ, **environment(name)}, check=True)  # noqa: S603
+        environ = {**os.environ, **environment(name)}
+        subprocess.run([sys.executable, "-c", program], env=environ, check=True)  # noqa: S603 - this same Python
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ class SystemRegions:
         return tuple(region.description for key, region in self._regions.items() if key[0] == owner)
 
     def register_cuda(self, owner: str, name: str, raw_handle: bytes, device_id: int, byte_size: int) -> None:
-        """Refuse: nothing here opens a handle to a GPU's memory yet."""
+        """Refuse: a handle to a GPU's memory tells no owner and may be freed under us (docs/shared-memory.md)."""
         raise RequestError(
             "this server shares no GPU memory; register system shared memory, or send the tensors in raw_input_contents",
             code=Code.UNIMPLEMENTED,

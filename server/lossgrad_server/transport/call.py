@@ -6,9 +6,14 @@ wrong; the transport turns it into a status in one place (status.py).
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
+
+# The caller's clock started before ours, so its end of a call that is late comes before our deadline for it, by about as
+# long as a request is on its way.
+_UNDERWAY_SECONDS: Final = 0.1
 
 
 class Call(Protocol):
@@ -27,8 +32,17 @@ class Call(Protocol):
         """When the caller stops waiting, on time.monotonic's clock, in seconds. None: never."""
 
     @property
+    def begun_ns(self) -> int:
+        """When the call came, on perf_counter_ns's clock."""
+
+    @property
     def peer(self) -> str:
         """Where the call comes from, as gRPC writes it: "ipv4:127.0.0.1:51234", "unix:"; "inproc" in this process."""
+
+
+def is_late(deadline: float | None) -> bool:
+    """Whether a call that ends now, ends because its deadline has come, and not because its caller cancelled it."""
+    return deadline is not None and time.monotonic() >= deadline - _UNDERWAY_SECONDS
 
 
 Send = Callable[[bytes], Awaitable[None]]

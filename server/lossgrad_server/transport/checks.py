@@ -26,7 +26,13 @@ from lossgrad_server.jobs import (
     TensorPlan,
     broadcast_shapes,
 )
-from lossgrad_server.transport.shared_tensors import SharedMemoryParts, destinations, is_shared, with_shared_operands
+from lossgrad_server.transport.shared_tensors import (
+    KnownSharedRequests,
+    SharedMemoryParts,
+    destinations,
+    is_shared,
+    with_shared_operands,
+)
 from lossgrad_server.work import WorkItem
 
 MAX_IDEMPOTENCY_KEY_BYTES: Final = 128
@@ -53,6 +59,7 @@ class RequestChecker:
         self._max_message_bytes = max_message_bytes
         self._memory = memory
         self._known: codec.KnownRequests[JobPlan] = codec.KnownRequests()
+        self._known_shared = None if memory is None else KnownSharedRequests(memory)
 
     def check(self, data: bytes, start: int = 0, end: int | None = None) -> tuple[JobPlan, WorkItem, str]:
         """Return the plan of `data[start:end]`, what the worker needs, and the idempotency key. Raises RequestError."""
@@ -61,6 +68,8 @@ class RequestChecker:
         if known is not None:
             plan, operands = known
             return plan, WorkItem(plan.header, operands), ""
+        if self._known_shared is not None and (found := self._known_shared.find(data, start, end)) is not None:
+            return *found, ""
         try:
             view = codec.split_compute_request(data, start, end)
             request = codec.parse_request_header(data, start, end)
@@ -84,9 +93,11 @@ class RequestChecker:
         except RequestError as error:
             error.request_id = view.idempotency_key
             raise
-        # An empty operand has no view to find, and one in shared memory none in the message.
-        if not shares and all(tensor.byte_count for tensor in plan.operands):
-            self._known.remember(data, start, end, plan)
+        if all(tensor.byte_count for tensor in plan.operands):  # an empty one has no view to find
+            if not shares:
+                self._known.remember(data, start, end, plan)
+            elif self._known_shared is not None:
+                self._known_shared.remember(data, start, end, plan)
         views = [view.input, view.target]
         if plan.weight is not None:
             views.append(view.weight)

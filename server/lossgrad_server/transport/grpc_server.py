@@ -15,8 +15,8 @@ from grpc_status import rpc_status
 
 from lossgrad_server.errors import InternalError, Reason, RequestError, TooLarge
 from lossgrad_server.metrics import Metrics
-from lossgrad_server.transport.call import Method
-from lossgrad_server.transport.status import pushback, to_status
+from lossgrad_server.transport.call import Method, is_late
+from lossgrad_server.transport.status import new_request_id, pushback, to_status
 from lossgrad_server.transport.tokens import TokenGuard, Tokens
 from lossgrad_server.transport.transfers import COUNTED_BYTES, Receiving, Unsent
 
@@ -27,6 +27,9 @@ _LIMIT_SLACK_BYTES: Final = 1 << 20
 
 # Tokens and trace contexts take hundreds. gRPC's own limits do not hold for metadata that come compressed.
 _MAX_METADATA_BYTES: Final = 16 * 1024
+
+_MAX_PENDING_CALLS: Final = 8192
+_MAX_STREAMS: Final = 4096
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -130,6 +133,14 @@ def server_options(
         # Finds peers that are gone without a word, and those that read nothing at all.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        # Of one connection; what a client has beyond waits on its side, without an error. A call without a body costs 20 kB
+        # until its read deadline, and twice as many as the queue takes would only be refused.
+        ("grpc.max_concurrent_streams", _MAX_STREAMS),
+        # Calls that wait for the event loop. Beyond a thousand gRPC throws dice and resets some of them, which their callers
+        # see as CANCELLED: a burst would lose calls that admission would have taken, or refused with a push-back. So many
+        # are four seconds of a busy event loop, and cost 200 MB at most.
+        ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
         # A second server on the same port must fail at once, and not take half of the connections.
         ("grpc.so_reuseport", 0),
     ]
@@ -147,11 +158,13 @@ class StalledPeer(Exception):
 class GrpcCall:
     """`Call` over grpcio's context."""
 
-    __slots__ = ("_context", "_metadata", "deadline", "method")
+    __slots__ = ("_context", "_metadata", "_started", "deadline", "method")
 
-    def __init__(self, method: str, context: Context) -> None:
+    def __init__(self, method: str, context: Context, started: float) -> None:
+        """`started` is when the call came, on perf_counter's clock."""
         self.method = method
         self._context = context
+        self._started = started
         self._metadata: Mapping[str, str | bytes] | None = None
         remaining = context.time_remaining()
         # When the caller stops waiting, on time.monotonic's clock.
@@ -163,6 +176,11 @@ class GrpcCall:
         if self._metadata is None:
             self._metadata = dict(self._context.invocation_metadata() or ())
         return self._metadata
+
+    @property
+    def begun_ns(self) -> int:
+        """When the call came, on perf_counter_ns's clock."""
+        return int(self._started * 1e9)
 
     @property
     def peer(self) -> str:
@@ -191,19 +209,20 @@ def _unary(method: Method, metrics: Metrics, limits: _Limits) -> Any:
         limits.under_way.begin(context)
         started = watch.started()
         code = "OK"
+        call = GrpcCall(method.name, context, started)
         try:
             unsent.check(context.peer)
             request = await receiving.message(context)
             watch.received.inc()
             check_size(request, max_message_bytes)
-            reply = await handler(request, GrpcCall(method.name, context))
+            reply = await handler(request, call)
             watch.sent.inc()
             if len(reply) >= COUNTED_BYTES:
                 let_go = unsent.hold(context.peer(), len(reply))
                 context.add_done_callback(lambda _: let_go())  # type: ignore[arg-type]
             return reply
         except asyncio.CancelledError:
-            code = "CANCELLED"
+            code = "DEADLINE_EXCEEDED" if is_late(call.deadline) else "CANCELLED"
             raise
         except Exception as exception:
             error = as_request_error(exception, method.name)
@@ -241,10 +260,13 @@ def _stream(method: Method, metrics: Metrics, limits: _Limits) -> Any:
         limits.under_way.begin(context)
         started = watch.started()
         code = "OK"
+        call = GrpcCall(method.name, context, started)
         try:
-            await handler(received(), send, GrpcCall(method.name, context))
+            await handler(received(), send, call)
+            if call.deadline is not None and time.monotonic() >= call.deadline:
+                code = "DEADLINE_EXCEEDED"  # its caller has been told so by now, whatever was sent last
         except asyncio.CancelledError:
-            code = "CANCELLED"
+            code = "DEADLINE_EXCEEDED" if is_late(call.deadline) else "CANCELLED"
             raise
         except StalledPeer:
             # A status would have to wait behind the message that nobody reads. A cancelled call is reset.
@@ -306,8 +328,12 @@ def as_request_error(exception: Exception, method: str) -> RequestError:
     """Return what the caller is told of a handler's exception. Whatever we did not raise is a bug of ours."""
     if isinstance(exception, RequestError):
         return exception
-    logger.error("%s failed", method, exc_info=exception)
-    return InternalError()
+    error = InternalError()
+    error.request_id = new_request_id()
+    logger.error(
+        "%s failed, request %s", method, error.request_id, exc_info=exception, extra={"request_id": error.request_id}
+    )
+    return error
 
 
 async def _abort(context: Context, error: RequestError) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from lossgrad_api.codec import RequestView
 from lossgrad_api.shared_codec import OUTPUT_ALIGNMENT
+from lossgrad_api.shared_form import SharedForm, shared_form
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_server.errors import Code, InvalidRequest, Reason, RequestError
 from lossgrad_server.jobs import JobPlan
@@ -59,12 +60,8 @@ def destinations(
     if not request.HasField("outputs"):
         return ()
     part = _part("outputs", "outputs", request.outputs, memory)
-    spans: list[tuple[int, int]] = []
-    end = 0
-    for output in plan.outputs:
-        begin = -(-end // OUTPUT_ALIGNMENT) * OUTPUT_ALIGNMENT
-        end = begin + output.tensor.byte_count
-        spans.append((begin, end))
+    spans = _output_spans(plan)
+    end = spans[-1][1] if spans else 0
     if end > len(part):
         raise InvalidRequest(
             f"the answer's tensors take {end} bytes, outputs has {len(part)}; make it larger, or leave it out",
@@ -72,6 +69,64 @@ def destinations(
             field="outputs.byte_count",
         )
     return tuple([part[begin:end] for begin, end in spans])
+
+
+class _Known(NamedTuple):
+    form: SharedForm
+    plan: JobPlan
+    output_spans: tuple[tuple[int, int], ...]  # of each output in the place that is given for all
+
+
+class KnownSharedRequests:
+    """Remembers the plans of requests with tensors in shared memory, for others that differ in the places only.
+
+    Parsing and checking such a request takes ten times as long as finding it here. Its places are checked every time.
+    """
+
+    _MAX_LENGTHS: Final = 1024
+    _MAX_OF_ONE_LENGTH: Final = 4
+
+    def __init__(self, memory: SharedMemoryParts) -> None:
+        self._memory = memory
+        self._known: dict[int, list[_Known]] = {}  # by length
+
+    def remember(self, data: bytes, start: int, end: int, plan: JobPlan) -> None:
+        """Remember the plan of `data[start:end]`, which was checked without an error; no tensor of it is empty."""
+        form = shared_form(data, start, end)
+        if form is None:
+            return
+        if len(self._known) >= self._MAX_LENGTHS:  # rare enough that starting over is the simplest bound
+            self._known.clear()
+        alike = self._known.setdefault(end - start, [])
+        del alike[self._MAX_OF_ONE_LENGTH - 1 :]
+        alike.insert(0, _Known(form, plan, _output_spans(plan)))
+
+    def find(self, data: bytes, start: int, end: int) -> tuple[JobPlan, WorkItem] | None:
+        """Return the plan and what the worker needs; None for a request that is not known. Raises RequestError."""
+        for form, plan, output_spans in self._known.get(end - start, ()):
+            places = form.places(data, start)
+            if places is None:
+                continue
+            operands: list[Buffer] = [
+                self._memory.part(name, *place).toreadonly() if isinstance(place, tuple) else place
+                for name, place in zip(form.names, places.operands, strict=True)
+            ]
+            if places.outputs is None:
+                return plan, WorkItem(plan.header, tuple(operands))
+            room = self._memory.part("outputs", *places.outputs)
+            return plan, WorkItem(plan.header, tuple(operands), tuple([room[begin:end] for begin, end in output_spans]))
+        return None
+
+
+def _output_spans(plan: JobPlan) -> tuple[tuple[int, int], ...]:
+    """Return where each of the plan's outputs is in the place that is given for all of them."""
+    spans: list[tuple[int, int]] = []
+    end = 0
+    for output in plan.outputs:
+        begin = -(-end // OUTPUT_ALIGNMENT) * OUTPUT_ALIGNMENT
+        end = begin + output.tensor.byte_count
+        spans.append((begin, end))
+    return tuple(spans)
 
 
 def misplaced(item: WorkItem, result: WorkResult) -> list[tuple[Buffer, Buffer]]:

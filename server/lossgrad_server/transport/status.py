@@ -19,7 +19,7 @@ def to_status(error: RequestError, request_id: str = "") -> status_pb2.Status:
     `request_id` is the caller's idempotency key; where there is none a new one is made, so that an error can be named.
     """
     info = error_details_pb2.ErrorInfo(
-        reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id or uuid.uuid4().hex}
+        reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id or new_request_id()}
     )
     details = [_pack(info)]
     if error.field is not None:
@@ -34,11 +34,17 @@ def to_status(error: RequestError, request_id: str = "") -> status_pb2.Status:
     return status_pb2.Status(code=error.code, message=error.message, details=details)
 
 
+def new_request_id() -> str:
+    """Return a name for a request whose caller gave it none: so that its error can be found in the log."""
+    return uuid.uuid4().hex
+
+
 def pushback(error: RequestError) -> tuple[tuple[str, str], ...]:
     """Return the trailing metadata that tells gRPC's retries when to come back; none where they should not."""
     if error.retry_after_seconds is None:
         return ()
-    return ((PUSHBACK_KEY, str(round(error.retry_after_seconds * 1e3))),)
+    # Never 0: grpcio 1.85 then loses the next attempt, and the call waits for its deadline.
+    return ((PUSHBACK_KEY, str(max(1, round(error.retry_after_seconds * 1e3)))),)
 
 
 def _pack(

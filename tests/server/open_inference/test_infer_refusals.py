@@ -78,7 +78,7 @@ REFUSALS: dict[str, tuple[Any, int, str, str]] = {
         infer_request("l1", pair(2, 3) | MASK),
         INVALID_ARGUMENT,
         "UNKNOWN_TENSOR",
-        "model l1 has no input 'MASK'; it takes INPUT, TARGET",
+        "model l1 has no input 'MASK'; it takes INPUT, TARGET, and l1_masked takes MASK",
     ),
     "an input twice": (
         changed(lambda request: setattr(request.inputs[1], "name", "INPUT")),
@@ -90,7 +90,7 @@ REFUSALS: dict[str, tuple[Any, int, str, str]] = {
         good("smooth_l1", outputs=["LOSS", "GRAD"]),
         INVALID_ARGUMENT,
         "UNKNOWN_TENSOR",
-        "model smooth_l1 has no output 'GRAD'; it gives LOSS, COUNT",
+        "model smooth_l1 has no output 'GRAD'; it gives LOSS, COUNT, and smooth_l1_grad gives GRAD",
     ),
     "an output twice": (
         good(outputs=["LOSS", "LOSS"]),
@@ -150,7 +150,7 @@ REFUSALS: dict[str, tuple[Any, int, str, str]] = {
         masked("MASK", np.ones((1, 3), "?")),
         INVALID_ARGUMENT,
         "SHAPE_MISMATCH",
-        "MASK has shape [1, 3], INPUT [2, 3]; send equal shapes",
+        "MASK has shape [1, 3], INPUT [2, 3]; send equal shapes, or one element a row, [2, 1]",
     ),
     "too few bytes": (
         changed(lambda request: request.raw_input_contents.__setitem__(1, bytes(20))),
@@ -218,6 +218,18 @@ REFUSALS: dict[str, tuple[Any, int, str, str]] = {
         INVALID_ARGUMENT,
         "BAD_SHAPE",
         "INPUT has shape [], which has no rows; send at least one dimension, or parameter reduction as mean, sum or none",
+    ),
+    "a parameter in capitals": (
+        with_parameters("smooth_l1", Beta="0.5"),
+        INVALID_ARGUMENT,
+        "BAD_PARAMETER",
+        "there is no parameter 'Beta'; send it as beta",
+    ),
+    "a parameter with a space": (
+        with_parameters("l1", **{"reduction ": "sum"}),
+        INVALID_ARGUMENT,
+        "BAD_PARAMETER",
+        "there is no parameter 'reduction '; send it as reduction",
     ),
     "delta for smooth_l1": (
         with_parameters("smooth_l1", delta=1.0),
@@ -313,7 +325,7 @@ REFUSALS: dict[str, tuple[Any, int, str, str]] = {
         target_in_region(24),
         UNIMPLEMENTED,
         "SHARED_MEMORY_OFF",
-        "this server shares no memory with its callers; send the tensors in raw_input_contents",
+        "this server shares no memory with its callers (--allow-shared-memory); send the tensors in raw_input_contents",
     ),
     "shared memory of another size": (
         target_in_region(20),

@@ -100,6 +100,14 @@ class Model:
         """The names of its outputs."""
         return tuple(tensor.name for tensor in self.outputs)
 
+    def with_input(self, name: str) -> Model | None:
+        """Return the model that takes another input beside this one's; None where no model does."""
+        return None if name not in (WEIGHT, MASK) else Model(self.kind, True, self.has_gradient)
+
+    def with_output(self, name: str) -> Model | None:
+        """Return the model that gives another output beside this one's; None where no model does."""
+        return None if name != GRAD else Model(self.kind, self.is_masked, True)
+
     @cached_property
     def loss_parameter(self) -> str | None:
         """What it calls the end of the quadratic part; None where there is none."""

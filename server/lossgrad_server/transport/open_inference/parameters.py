@@ -16,11 +16,16 @@ from lossgrad_server.jobs import Reduction, SpecPlan
 from lossgrad_server.transport.open_inference.models import BULK_PRIORITY, LOSS_PARAMETERS, Model
 
 _REDUCTIONS: Final = {reduction.name.lower(): reduction for reduction in Reduction}
+_OURS: Final = frozenset((*LOSS_PARAMETERS.values(), "reduction", "denominator", "gradient_scale"))
 _INTEGERS: Final = ("int64_param", "uint64_param")
 
 
 def loss_spec(model: Model, parameters: Mapping[str, Any]) -> SpecPlan:
     """Return the loss that a request asks for. Its default is one mean for each row. Raises RequestError."""
+    for name in parameters:
+        # Nobody else's parameter is called so, and ignoring it would compute another loss than was meant.
+        if name not in _OURS and (known := name.strip().lower()) in _OURS:
+            raise _bad(name[:64], f"there is no parameter {name[:64]!r}; send it as {known}")
     for name in LOSS_PARAMETERS.values():
         if name in parameters and name != model.loss_parameter:
             takes = "no such parameter" if model.loss_parameter is None else f"{model.loss_parameter} instead"

@@ -144,8 +144,10 @@ def _inputs(model: Model, inputs: Sequence[Any], raw_count: int, typed: Mapping[
     for index, tensor in enumerate(inputs):
         name = tensor.name
         if name not in model.input_names:
+            sibling = model.with_input(name)
+            hint = "" if sibling is None else f", and {sibling.name} takes {name}"
             raise InvalidRequest(
-                f"model {model.name} has no input {name[:128]!r}; it takes {', '.join(model.input_names)}",
+                f"model {model.name} has no input {name[:128]!r}; it takes {', '.join(model.input_names)}{hint}",
                 reason=Reason.UNKNOWN_TENSOR,
                 field=f"inputs[{index}].name",
             )
@@ -225,12 +227,19 @@ def _tensor(name: str, path: str, data_type_name: str, shape: tuple[int, ...]) -
     return TensorPlan(data_type, shape)
 
 
+def _one_a_row(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a tensor with one element for each row."""
+    return shape[:1] + (1,) * (len(shape) - 1)
+
+
 def _check_tensors(tensors: Mapping[str, TensorPlan], spec: SpecPlan) -> None:
     input, target = tensors[INPUT], tensors[TARGET]
     for name, tensor in tensors.items():
-        if tensor.shape != input.shape:
+        is_beside = name in (WEIGHT, MASK)
+        if tensor.shape != input.shape and not (is_beside and tensor.shape == _one_a_row(input.shape)):
+            hint = f", or one element a row, {list(_one_a_row(input.shape))}" if is_beside and input.shape else ""
             raise InvalidRequest(
-                f"{name} has shape {list(tensor.shape)}, INPUT {list(input.shape)}; send equal shapes",
+                f"{name} has shape {list(tensor.shape)}, INPUT {list(input.shape)}; send equal shapes{hint}",
                 reason=Reason.SHAPE_MISMATCH,
                 field=name,
             )
@@ -261,8 +270,10 @@ def _outputs(model: Model, requested: Sequence[Any], job: JobPlan) -> tuple[Outp
     for index, output in enumerate(requested):
         name = output.name
         if name not in model.output_names:
+            sibling = model.with_output(name)
+            hint = "" if sibling is None else f", and {sibling.name} gives {name}"
             raise InvalidRequest(
-                f"model {model.name} has no output {name[:128]!r}; it gives {', '.join(model.output_names)}",
+                f"model {model.name} has no output {name[:128]!r}; it gives {', '.join(model.output_names)}{hint}",
                 reason=Reason.UNKNOWN_TENSOR,
                 field=f"outputs[{index}].name",
             )

@@ -142,7 +142,7 @@ class NoRegions:
 
 def _refuse() -> NoReturn:
     raise RequestError(
-        "this server shares no memory with its callers; send the tensors in raw_input_contents",
+        "this server shares no memory with its callers (--allow-shared-memory); send the tensors in raw_input_contents",
         code=Code.UNIMPLEMENTED,
         reason=Reason.SHARED_MEMORY_OFF,
     )

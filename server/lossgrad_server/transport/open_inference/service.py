@@ -108,7 +108,7 @@ class OpenInferenceService:
         try:
             answer = await answered
         except asyncio.CancelledError:
-            request.cancelled = True
+            request.abandon()
             raise
         if isinstance(answer, RequestError):
             answer.request_id = request.request_id.decode()

@@ -64,7 +64,7 @@ class InferStream:
         finally:
             for turn in self._turns:
                 if turn.request is not None:
-                    turn.request.cancelled = True
+                    turn.request.abandon()
 
     async def _take(self, message: bytes, call: Call) -> None:
         turn = _Turn()
