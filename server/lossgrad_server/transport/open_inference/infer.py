@@ -199,6 +199,11 @@ class Views:
 class PendingInfer(PendingRequest):
     """A ModelInferRequest, answered with the parts of a ModelInferResponse."""
 
+    @property
+    def own_id(self) -> str:
+        """The request's id."""
+        return self.request_id.decode()
+
     __slots__ = ("_in_message", "_row_counts", "_statistics", "_views", "infer_plan", "request_id")
 
     def __init__(
