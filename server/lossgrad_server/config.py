@@ -25,6 +25,7 @@ ENVIRONMENT_PREFIX: Final = "LOSSGRAD_"
 _PREFIX: Final = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 _CHOICES: Final = {
     "engine": ("fused", "plain"),
+    "isolation": ("auto", "thread", "process"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": FORMATS,
 }
@@ -66,6 +67,19 @@ class ServerConfig:
         "Threads that compute on the CPU; 0 takes every core that this process may use. Results do not depend on it.",
         least=0,
         most=1024,
+    )
+    isolation: str = _setting(
+        "auto",
+        "Where the device's worker lives: thread, in the server's process; process, in one of its own, which is replaced "
+        "when it dies, hangs or loses its device, while the server stays up; auto, which is process for a GPU and thread "
+        "for the CPU, where a copy more costs more than there is to gain.",
+    )
+    worker_timeout_seconds: float = _setting(
+        30.0,
+        "With --isolation process: how long a batch may take before its process is taken for hung and is replaced; as much "
+        "again for each 256 MiB of it. A batch takes milliseconds.",
+        least=0.1,
+        most=DAY_SECONDS,
     )
     max_message_bytes: int = _setting(
         256 * MIB,
@@ -184,6 +198,11 @@ class ServerConfig:
         "After that, let calls in flight finish for at most this long; most take milliseconds.",
         least=0,
         most=DAY_SECONDS,
+    )
+    tracing: bool = _setting(
+        False,
+        "Make OpenTelemetry spans of requests, under their callers' traces, and exemplars in the metrics. Where they go is "
+        "set by the standard OTEL_* variables. Needs the extra otel.",
     )
     log_level: str = _setting("info", "Least severe log line to write: debug, info, warning or error.")
     log_format: str = _setting(

@@ -19,9 +19,11 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from lossgrad_server.batching.forming import Batch, ClosedBy
+from lossgrad_server.batching.job import Computed
 from lossgrad_server.counters import Counter
 from lossgrad_server.errors import Code, Reason, RequestError
 from lossgrad_server.histograms import Histogram
+from lossgrad_server.isolation.loss import Loss
 from lossgrad_server.jobs import JobPlan, LossKind
 from lossgrad_server.work import BatchResult
 
@@ -50,7 +52,11 @@ _OUTCOMES: Final = {
     Code.UNAUTHENTICATED: "unauthenticated",
     Code.INTERNAL: "internal",
 }
-_OUTCOMES_BY_REASON: Final = {Reason.OUT_OF_DEVICE_MEMORY: "oom", Reason.DEVICE_FAILED: "device"}
+_OUTCOMES_BY_REASON: Final = {
+    Reason.OUT_OF_DEVICE_MEMORY: "oom",
+    Reason.DEVICE_FAILED: "device",
+    Reason.WORKER_RESTARTING: "device",
+}
 _REJECTIONS: Final = {
     Reason.QUEUE_FULL: "queue_full",
     Reason.QUEUE_BYTES_FULL: "bytes_full",
@@ -60,6 +66,7 @@ _REJECTIONS: Final = {
     Reason.RESULT_TOO_LARGE: "too_large",
     Reason.MESSAGE_TOO_LARGE: "too_large",
     Reason.DEADLINE_PASSED: "deadline",
+    Reason.WORKER_RESTARTING: "restarting",
 }
 _UTILIZATION_WINDOW_SECONDS: Final = 10.0
 
@@ -110,6 +117,10 @@ class RequestMetrics:
         self._duration = metrics.request_duration.labels(loss, mode, api)
         self._elements = metrics.elements.labels(loss, mode, metrics.device)
         self._nonfinite = metrics.nonfinite_results.labels(loss)
+
+    def exemplar(self, seconds: float, trace_id: str) -> None:
+        """Show a trace as an example of requests that take this long."""
+        self._duration.exemplar(seconds, trace_id)
 
     def done(self, seconds: float, element_count: int, times: int, nonfinite_results: int) -> None:
         """Count requests that were answered with numbers, `seconds` after they came: `times` of `element_count` each.
@@ -196,6 +207,28 @@ class Metrics:
             "lossgrad_accumulation_slices", "Slices of accumulations by outcome.", ("outcome",), registry=registry
         )
         self.slices = {outcome: slices.labels(outcome) for outcome in SliceOutcome}
+        self.worker_up = Gauge(
+            "lossgrad_worker_up",
+            "1 while there is a worker that computes, otherwise 0.",
+            ("device",),
+            registry=registry,
+        ).labels(device)
+        lost = Counter(
+            "lossgrad_worker_lost",
+            "Times that the device's process was lost, by what ended it.",
+            ("device", "cause"),
+            registry=registry,
+        )
+        self.worker_lost = {loss: lost.labels(device, loss) for loss in Loss}
+        self.worker_restarts = Counter(
+            "lossgrad_worker_restarts", "Times that the device got another process.", ("device",), registry=registry
+        ).labels(device)
+        self.worker_crashes = Counter(
+            "lossgrad_worker_crashing_requests",
+            "Requests refused because the device's process died of them.",
+            ("device",),
+            registry=registry,
+        ).labels(device)
         # process_start_time_seconds, process_resident_memory_bytes ... under the names that everybody knows.
         ProcessCollector(registry=registry)
         self.ready = Gauge("lossgrad_ready", "1 while requests are served, otherwise 0.", registry=registry)
@@ -251,6 +284,12 @@ class Metrics:
     def stage(self, stage: str, nanoseconds: float, times: int = 1) -> None:
         """Note the time that each of some requests spent in a stage of the event loop's thread: decode, queue, encode."""
         self._stages[stage].observe(nanoseconds * 1e-9, times)
+
+    def traced(self, plan: JobPlan, api: str, seconds: float, computed: Computed, trace_id: str) -> None:
+        """Show the trace of a request that took `seconds` as an example of its durations."""
+        self.of_request(plan, api).exemplar(seconds, trace_id)
+        self._stages["queue"].exemplar(computed.queue_ns * 1e-9, trace_id)
+        self._stages["compute"].exemplar(computed.batch.compute_ns * 1e-9, trace_id)
 
     def failed(self, plan: JobPlan | None, api: str, error: RequestError) -> None:
         """Count a request that was answered with an error."""

@@ -24,7 +24,7 @@ from lossgrad_api import accumulation as api
 from lossgrad_api import codec
 from lossgrad_api.loss_totals import LossTotal
 from lossgrad_api.v1 import loss_service_pb2 as pb
-from lossgrad_server.app import EmbeddedServer
+from lossgrad_server.embedded import EmbeddedServer
 from tests.server.accumulate_calls import CHUNK, MSE, SMOOTH_L1, Answers, config, slice_of
 
 LOSSES = (lossgrad.SmoothL1(beta=0.5), lossgrad.MSE(reduction="sum"))

@@ -44,6 +44,8 @@ class FakeCall:
     metadata: dict[str, str | bytes] = {}  # noqa: RUF012
     deadline = None
 
+    begun_ns = 0
+
     def __init__(self, peer: str) -> None:
         self.peer = peer
 
