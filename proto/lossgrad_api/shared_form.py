@@ -53,22 +53,23 @@ class _PartAt(NamedTuple):
 
 
 class SharedForm(NamedTuple):
-    """What is the same in all requests of one form and length. `names` are those of the operands that they have."""
+    """What is the same in all requests of one form and length. `names` are those of the operands that they have.
+
+    `layout` tells forms apart whose bytes are in other positions: those of one layout have `unpack` and `fixed` in common,
+    and differ in what `fixed` picks from what was unpacked.
+    """
 
     names: tuple[str, ...]
+    layout: str
     unpack: Callable[[bytes, int], tuple[Any, ...]]
     pack: Callable[..., bytes]
-    values: tuple[Any, ...]  # of the request that the form was made of
     fixed: Callable[[tuple[Any, ...]], Any]
-    expected: Any
+    values: tuple[Any, ...]  # of the request that the form was made of
     operands: tuple[_DataAt | _PartAt, ...]
     outputs: _PartAt | None
 
-    def places(self, data: bytes, start: int) -> Places | None:
-        """Return the places of a request of the same length, at `start`; None where it is of another form."""
-        values = self.unpack(data, start)
-        if self.fixed(values) != self.expected:
-            return None
+    def places(self, values: tuple[Any, ...], data: bytes, start: int) -> Places:
+        """Return the places of the request of this form at `start`, of which `values` were unpacked."""
         return Places(
             tuple([_place(one, values, data, start) for one in self.operands]),
             None if self.outputs is None else _part(self.outputs, values),
@@ -200,4 +201,4 @@ class _Reader:
         values = layout.unpack_from(self._data, self._start)
         if sum(len(values[index]) for index in self._fixed) > _MAX_FIXED_BYTES:
             return None
-        return SharedForm(names, layout.unpack_from, layout.pack, values, fixed, fixed(values), operands, outputs)
+        return SharedForm(names, self._format, layout.unpack_from, layout.pack, fixed, values, operands, outputs)

@@ -152,7 +152,7 @@ def server_options(
 
 
 class StalledPeer(Exception):
-    """The caller does not read what it is sent."""
+    """The caller does not read what it is sent, or is gone."""
 
 
 class GrpcCall:
@@ -252,6 +252,8 @@ def _stream(method: Method, metrics: Metrics, limits: _Limits) -> Any:
             try:
                 async with asyncio.timeout(timeout_seconds):
                     await context.write(message)
+            except grpc.aio.InternalError:  # the caller has hung up, and the call's cancellation is on its way here
+                raise StalledPeer from None
             except TimeoutError:
                 logger.warning("Cut off a stream whose caller has read nothing for %s s", timeout_seconds)
                 raise StalledPeer from None
