@@ -9,13 +9,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import platform
 import signal
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
-
-import grpc.aio
 
 from lossgrad_api.allocator import release_free_memory
 from lossgrad_server import __version__, engine
@@ -23,10 +20,10 @@ from lossgrad_server.batching.admission import AdmissionLimits
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.forming import BatchLimits
 from lossgrad_server.config import ConfigError, ServerConfig
-from lossgrad_server.gpu_metrics import GpuCollector, find_gpu
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.metrics_endpoint import serve_metrics
 from lossgrad_server.security import security
+from lossgrad_server.telemetry import create_metrics, create_tracer, watch_gpu
 from lossgrad_server.transport.call import Method
 from lossgrad_server.transport.grpc_server import UnderWay, create_server
 from lossgrad_server.transport.health import Health, health_method
@@ -38,7 +35,6 @@ from lossgrad_server.transport.transfers import Unsent
 
 if TYPE_CHECKING:
     from lossgrad_server.shared_memory.sharing import SharedMemory
-    from lossgrad_server.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -77,17 +73,7 @@ class Core:
             raise ConfigError(f"--device is {config.device!r}: {error}") from None
         determinism = engine.determinism(worker)
         self.device = worker.device
-        self.metrics = Metrics(
-            device=worker.device,
-            build_info={
-                "version": __version__,
-                "torch": engine.torch_version(),
-                "python": platform.python_version(),
-                "grpc": grpc.__version__,
-                "device": worker.device,
-                "determinism": determinism,
-            },
-        )
+        self.metrics = create_metrics(config, worker.device, determinism)
         self.batcher = Batcher(
             worker,
             batch_limits=BatchLimits(config.max_batch_requests, config.max_batch_elements, config.max_batch_bytes),
@@ -97,17 +83,14 @@ class Core:
             on_lost=self.device_lost.set,
         )
         self.metrics.watch(self.batcher)
-        uuid = engine.gpu_uuid(worker.device)
-        self.gpu = None if uuid is None else find_gpu(uuid)
-        if self.gpu is not None:
-            self.metrics.registry.register(GpuCollector(self.gpu))
+        self.gpu = watch_gpu(self.metrics, worker.device)
         self.pipeline = RequestPipeline(
             self.batcher,
             self.metrics,
             config.max_message_bytes,
             None if shared_memory is None else shared_memory.segments,
             unsent=Unsent(config.max_queued_bytes // 4),
-            tracer=_tracer(config),
+            tracer=create_tracer(config),
         )
         if shared_memory is not None:
             self.metrics.watch_memory(shared_memory.state)
@@ -395,18 +378,6 @@ def _shared_memory(config: ServerConfig) -> SharedMemory | None:
 
     logger.warning("Sharing memory with callers on this machine: see docs/shared-memory.md for what that trusts")
     return SharedMemory(config.max_shared_memory_bytes, config.region_prefixes)
-
-
-def _tracer(config: ServerConfig) -> Tracer | None:
-    if not config.tracing:
-        return None
-    try:
-        from lossgrad_server.tracing import create_tracer
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--tracing needs {error.name}, which is not installed: pip install 'lossgrad[otel]'"
-        ) from None
-    return create_tracer()
 
 
 def _poster(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]:

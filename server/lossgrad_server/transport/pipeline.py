@@ -298,8 +298,6 @@ class RequestPipeline:
         """Queue opened requests whose bytes came together. Those that are refused are answered at once."""
         if not requests:
             return
-        count = len(requests)
-        self.metrics.stage("decode", (time.perf_counter_ns() - requests[0].started_ns) / count, count)
         if self.is_warm:
             for job, error in self.batcher.submit(requests):
                 cast(PendingRequest, job).done(error)
@@ -358,10 +356,9 @@ class RequestPipeline:
         alike.times += 1
         alike.nonfinite += is_nonfinite
         if not self._is_answering:
-            self._count_all(time.perf_counter_ns())
+            self._count_all()
 
     def _done(self, outcomes: list[tuple[Job, Outcome]]) -> None:
-        begun_ns = time.perf_counter_ns()
         self._is_answering = True
         for job, outcome in outcomes:
             try:
@@ -369,21 +366,14 @@ class RequestPipeline:
             except Exception:  # one caller's trouble must not cost the others their answers
                 logger.exception("Handing over an answer failed")
         self._is_answering = False
-        self._count_all(begun_ns)
+        self._count_all()
 
-    def _count_all(self, begun_ns: int) -> None:
-        """Write what was counted since `begun_ns`, when the first of the answers began to be encoded."""
+    def _count_all(self) -> None:
+        """Write what was counted since the last time."""
         alike, self._alike = self._alike, []
-        if not alike:
-            return
-        metrics = self.metrics
         now_ns = time.perf_counter_ns()
-        total = sum([one.times for one in alike])
-        metrics.stage("encode", (now_ns - begun_ns) / total, total)
         for one in alike:
-            metrics.stage("queue", one.queue_ns, one.times)
-            seconds = (now_ns - one.started_ns) * 1e-9
-            metrics.of_request(one.plan, one.api).done(seconds, one.plan.element_count, one.times, one.nonfinite)
+            one.count(self.metrics, now_ns)
 
 
 def _going_down() -> Unavailable:
