@@ -142,7 +142,7 @@ def shown_at(width: int, after: Scrape, failures: dict[str, str] | None = None) 
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
-@pytest.mark.parametrize(("width", "beside"), [(120, 3), (62, 2), (40, 1)])
+@pytest.mark.parametrize(("width", "beside"), [(120, 3), (70, 2), (40, 1)])
 def test_what_does_not_fit_beside_goes_below(width: int, beside: int) -> None:
     lines = shown_at(width, Scrape({"a": exposition(20)}, 2.0))
     assert max(map(len, lines)) <= width
