@@ -69,12 +69,10 @@ class SharedCall(asyncio.Future[Answer]):
     which take coroutines only, find `send`, `throw` and `close`.
     """
 
+    # Set by the coalescer, and no parameters of a constructor: one written in Python takes as long as all the rest of it.
+    coalescer: Coalescer
     item: Item | None = None  # until it is answered
-
-    def __init__(self, coalescer: Coalescer, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop=loop)
-        self._coalescer = coalescer
-        self._steps: Generator[Any, None, Answer] | None = None
+    _steps: Generator[Any, None, Answer] | None = None
 
     def cancel(self, msg: Any | None = None) -> bool:
         """Give the call up, unless it is answered."""
@@ -82,7 +80,7 @@ class SharedCall(asyncio.Future[Answer]):
             return False
         item, self.item = self.item, None
         if item is not None:
-            self._coalescer.forget(item)
+            self.coalescer.forget(item)
         return True
 
     def send(self, value: None) -> Any:
@@ -179,7 +177,8 @@ class Coalescer:
 
     def compute(self, request: Request, timeout_seconds: float | None) -> SharedCall:
         """Begin to compute a request. Without a timeout it may take for ever."""
-        call = SharedCall(self, self._loop)
+        call = SharedCall(loop=self._loop)
+        call.coalescer = self
         call.item = self._window.add(request, timeout_seconds, call)
         # With a writer at work, all that is left to see to is that the timer rings in time.
         if self._writer is None or self._window.wake_at < self._timer_at:

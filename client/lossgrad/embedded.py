@@ -19,7 +19,7 @@ def embedded(*, timeout: float | None = None, **server_settings: Any) -> Iterato
     from lossgrad.client import LossClient
 
     try:
-        from lossgrad_server.app import EmbeddedServer
+        from lossgrad_server.embedded import EmbeddedServer
 
         server = EmbeddedServer(**server_settings)
         server.start()

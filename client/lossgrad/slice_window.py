@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 # On one lane. Four full messages: one that the server computes, one that waits there, one under way, one being packed.
 MAX_SLICES: Final = 4 * MAX_REQUESTS_PER_MESSAGE
 # What a message costs by itself, some hundred microseconds on either side, is little beside moving as much as this.
-MESSAGE_BYTES: Final = 4 * 1024 * 1024
+# A little more than 8 MiB, so that two slices of 4 MiB fit, with their headers.
+MESSAGE_BYTES: Final = 8 * 1024 * 1024 + 4096
 # Slices from here on surely have a message of their own.
 ALONE_BYTES: Final = MESSAGE_BYTES // 2
 # Slices from here on are copied once. Below, it takes longer to prepare than to copy twice.

@@ -72,6 +72,20 @@ def writable_view(address: int, size: int) -> memoryview:
     return view
 
 
+def copy_without_gil(address: int, part: Buffer) -> None:
+    """Copy a contiguous part to an address. Other threads run meanwhile. The caller answers for what is there."""
+    if not IS_SUPPORTED:
+        writable = (ctypes.c_char * len(part)).from_address(address)
+        memoryview(writable).cast("B")[:] = part
+        return
+    source = _PyBuffer()
+    _get_buffer(part, source, _SIMPLE)
+    try:
+        ctypes.memmove(address, source.buf, source.len)
+    finally:
+        _release_buffer(source)
+
+
 def join_without_gil(parts: Sequence[Buffer]) -> bytes:
     """Return the parts, which are contiguous, as one bytes object. Other threads run while it copies."""
     if not IS_SUPPORTED:

@@ -1,7 +1,6 @@
 """Builds the server's parts and takes them through their life: start, warm up, serve, drain, stop.
 
-`Server` is one server in the running event loop; `run` is the program; `EmbeddedServer` is one in a thread of a client's
-process, without sockets.
+`Server` is one server in the running event loop; `run` is the program. One without sockets: embedded.py.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ import asyncio
 import gc
 import logging
 import signal
-import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from lossgrad_api.allocator import release_free_memory
 from lossgrad_server import __version__, engine
@@ -20,18 +18,17 @@ from lossgrad_server.batching.admission import AdmissionLimits
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.forming import BatchLimits
 from lossgrad_server.config import ConfigError, ServerConfig
-from lossgrad_server.metrics import Metrics
 from lossgrad_server.metrics_endpoint import serve_metrics
 from lossgrad_server.security import security
 from lossgrad_server.telemetry import create_metrics, create_tracer, watch_gpu
 from lossgrad_server.transport.call import Method
 from lossgrad_server.transport.grpc_server import UnderWay, create_server
-from lossgrad_server.transport.health import Health, health_method
-from lossgrad_server.transport.in_process import InProcessChannel
+from lossgrad_server.transport.health import Health
 from lossgrad_server.transport.open_inference.service import OpenInferenceDescription, OpenInferenceService
 from lossgrad_server.transport.pipeline import RequestPipeline
 from lossgrad_server.transport.service import LossService, ServiceDescription
 from lossgrad_server.transport.transfers import Unsent
+from lossgrad_server.workers import Outages, make_worker
 
 if TYPE_CHECKING:
     from lossgrad_server.shared_memory.sharing import SharedMemory
@@ -60,37 +57,47 @@ class Core:
     """What every server has, whatever transport is on top: the worker, the batcher, the metrics, the handlers."""
 
     def __init__(
-        self, config: ServerConfig, loop: asyncio.AbstractEventLoop, shared_memory: SharedMemory | None = None
+        self,
+        config: ServerConfig,
+        loop: asyncio.AbstractEventLoop,
+        shared_memory: SharedMemory | None = None,
+        *,
+        may_isolate: bool = True,
     ) -> None:
-        """`shared_memory` is what the server shares with its callers; None for nothing."""
+        """`shared_memory` is what the server shares with its callers; None for nothing.
+
+        Without `may_isolate` the worker computes in this process, whatever the settings say.
+        """
         self.shared_memory = shared_memory
         self.device_lost = asyncio.Event()
         self._expiry: asyncio.Task[None] | None = None
         self.is_ready = False
-        try:
-            worker = engine.create_worker(config.device, config.threads or None, config.engine)
-        except ValueError as error:
-            raise ConfigError(f"--device is {config.device!r}: {error}") from None
-        determinism = engine.determinism(worker)
+        self.on_ready: Callable[[bool], None] = lambda _: None  # called when that changes while it serves
+        tracer = create_tracer(config)  # before the device: a bad setting must be told at once
+        made = make_worker(config, may_isolate=may_isolate)
+        worker, determinism = made.worker, made.determinism
         self.device = worker.device
         self.metrics = create_metrics(config, worker.device, determinism)
+        post = _poster(loop)
         self.batcher = Batcher(
             worker,
             batch_limits=BatchLimits(config.max_batch_requests, config.max_batch_elements, config.max_batch_bytes),
             admission_limits=AdmissionLimits(config.max_queued_requests, config.max_queued_bytes),
-            post=_poster(loop),
+            post=post,
             observer=self.metrics,
             on_lost=self.device_lost.set,
         )
         self.metrics.watch(self.batcher)
-        self.gpu = watch_gpu(self.metrics, worker.device)
+        self.outages = Outages(self.batcher, self.metrics, post, self._tell_ready, self.device_lost.set)
+        self.outages.watch(worker)
+        self.gpu = watch_gpu(self.metrics, made)
         self.pipeline = RequestPipeline(
             self.batcher,
             self.metrics,
             config.max_message_bytes,
             None if shared_memory is None else shared_memory.segments,
             unsent=Unsent(config.max_queued_bytes // 4),
-            tracer=create_tracer(config),
+            tracer=tracer,
         )
         if shared_memory is not None:
             self.metrics.watch_memory(shared_memory.state)
@@ -126,6 +133,7 @@ class Core:
         self.batcher.start()
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.wait_until_warm)
         self.pipeline.is_warm = True
+        self.metrics.worker_up.set(1)
         self._expiry = asyncio.create_task(self._expire())
         self.set_ready(True)
 
@@ -141,8 +149,13 @@ class Core:
         self.is_ready = is_ready
         self.metrics.ready.set(is_ready)
 
+    def _tell_ready(self, is_ready: bool) -> None:
+        self.set_ready(is_ready)
+        self.on_ready(is_ready)
+
     async def close(self) -> None:
         """Answer what still waits, and stop the worker."""
+        self.outages.end()
         if self._expiry is not None:
             self._expiry.cancel()
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.close, _WORKER_STOP_SECONDS)
@@ -224,8 +237,12 @@ class Server:
         gc.collect()
         gc.freeze()
         await self._health.set_ready(True)
+        self._core.on_ready = self._tell_health
         self._trimmer = asyncio.create_task(self._release_memory_when_idle())
         logger.info("Ready: grpc %s, metrics %s, device %s", self.grpc_address, self.metrics_address, self.device)
+
+    def _tell_health(self, is_ready: bool) -> None:
+        self._telling = asyncio.ensure_future(self._health.set_ready(is_ready))
 
     @property
     def grpc_address(self) -> str:
@@ -251,6 +268,7 @@ class Server:
     async def drain(self) -> None:
         """Stop without an error for anyone: say NOT_SERVING, serve on for the delay, refuse new calls, finish the rest."""
         logger.info("Draining: %s requests inside", self._core.batcher.admitted_requests)
+        self._core.outages.end()
         self._core.set_ready(False)
         await self._health.set_ready(False)
         await asyncio.sleep(self.config.drain_delay_seconds)
@@ -308,65 +326,6 @@ async def run(config: ServerConfig) -> None:
     else:
         again.cancel()
         await drain
-
-
-class EmbeddedServer:
-    """A server without sockets, in a thread of this process, for a client in this process.
-
-    The settings are ServerConfig's; those about ports have no effect.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        self._config = ServerConfig(**settings)
-        self._loop = asyncio.new_event_loop()
-        self._core: Core | None = None
-        self._thread = threading.Thread(target=self._serve, name="lossgrad-embedded", daemon=True)
-
-    @property
-    def metrics(self) -> Metrics:
-        """The server's metrics; export its `registry` where they are wanted."""
-        return self._running().metrics
-
-    def start(self) -> None:
-        """Start, and return when requests are served. Raises ConfigError, or what the worker's warm-up raised."""
-        self._thread.start()
-
-        async def start() -> None:
-            self._core = Core(self._config, asyncio.get_running_loop())
-            await self._core.warm_up()
-
-        try:
-            asyncio.run_coroutine_threadsafe(start(), self._loop).result()
-        except BaseException:
-            self._end_loop()
-            raise
-
-    def channel(self) -> InProcessChannel:
-        """Return a channel to it."""
-        return InProcessChannel(self._loop, [*self._running().methods, health_method()])
-
-    def stop(self) -> None:
-        """Stop; calls in flight end with an error."""
-        asyncio.run_coroutine_threadsafe(self._running().close(), self._loop).result()
-        self._core = None
-        self._end_loop()
-
-    def _running(self) -> Core:
-        if self._core is None:
-            raise RuntimeError("the embedded server is not running; call start() first")
-        return self._core
-
-    def _serve(self) -> None:
-        self._loop.run_forever()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
-        self._loop.close()
-
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
 
 
 def _shared_memory(config: ServerConfig) -> SharedMemory | None:

@@ -25,6 +25,7 @@ ENVIRONMENT_PREFIX: Final = "LOSSGRAD_"
 _PREFIX: Final = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 _CHOICES: Final = {
     "engine": ("fused", "plain"),
+    "isolation": ("auto", "thread", "process"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": FORMATS,
 }
@@ -66,6 +67,19 @@ class ServerConfig:
         "Threads that compute on the CPU; 0 takes every core that this process may use. Results do not depend on it.",
         least=0,
         most=1024,
+    )
+    isolation: str = _setting(
+        "auto",
+        "Where the device's worker lives: thread, in the server's process; process, in one of its own, which is replaced "
+        "when it dies, hangs or loses its device, while the server stays up; auto, which is process for a GPU and thread "
+        "for the CPU, where a copy more costs more than there is to gain.",
+    )
+    worker_timeout_seconds: float = _setting(
+        30.0,
+        "With --isolation process: how long a batch may take before its process is taken for hung and is replaced; as much "
+        "again for each 256 MiB of it. A batch takes milliseconds.",
+        least=0.1,
+        most=DAY_SECONDS,
     )
     max_message_bytes: int = _setting(
         256 * MIB,

@@ -22,6 +22,7 @@ from lossgrad_server.counters import Counter
 from lossgrad_server.errors import Code, Reason, RequestError
 from lossgrad_server.gauges import DeviceMemoryCollector, Limits, QueueCollector, QueueState, SharedMemoryCollector
 from lossgrad_server.histograms import Histogram
+from lossgrad_server.isolation.loss import Loss
 from lossgrad_server.jobs import DataType, JobPlan, LossKind
 from lossgrad_server.work import BatchResult
 
@@ -51,7 +52,11 @@ _OUTCOMES: Final = {
     Code.UNAUTHENTICATED: "unauthenticated",
     Code.INTERNAL: "internal",
 }
-_OUTCOMES_BY_REASON: Final = {Reason.OUT_OF_DEVICE_MEMORY: "oom", Reason.DEVICE_FAILED: "device"}
+_OUTCOMES_BY_REASON: Final = {
+    Reason.OUT_OF_DEVICE_MEMORY: "oom",
+    Reason.DEVICE_FAILED: "device",
+    Reason.WORKER_RESTARTING: "device",
+}
 _REJECTIONS: Final = {
     Reason.QUEUE_FULL: "queue_full",
     Reason.QUEUE_BYTES_FULL: "bytes_full",
@@ -61,6 +66,7 @@ _REJECTIONS: Final = {
     Reason.RESULT_TOO_LARGE: "too_large",
     Reason.MESSAGE_TOO_LARGE: "too_large",
     Reason.DEADLINE_PASSED: "deadline",
+    Reason.WORKER_RESTARTING: "restarting",
 }
 _UTILIZATION_WINDOW_SECONDS: Final = 10.0
 
@@ -192,6 +198,28 @@ class Metrics:
             "lossgrad_accumulation_slices", "Slices of accumulations by outcome.", ("outcome",), registry=registry
         )
         self.slices = {outcome: slices.labels(outcome) for outcome in SliceOutcome}
+        self.worker_up = Gauge(
+            "lossgrad_worker_up",
+            "1 while there is a worker that computes, otherwise 0.",
+            ("device",),
+            registry=registry,
+        ).labels(device)
+        lost = Counter(
+            "lossgrad_worker_lost",
+            "Times that the device's process was lost, by what ended it.",
+            ("device", "cause"),
+            registry=registry,
+        )
+        self.worker_lost = {loss: lost.labels(device, loss) for loss in Loss}
+        self.worker_restarts = Counter(
+            "lossgrad_worker_restarts", "Times that the device got another process.", ("device",), registry=registry
+        ).labels(device)
+        self.worker_crashes = Counter(
+            "lossgrad_worker_crashing_requests",
+            "Requests refused because the device's process died of them.",
+            ("device",),
+            registry=registry,
+        ).labels(device)
         # process_start_time_seconds, process_resident_memory_bytes ... under the names that everybody knows.
         ProcessCollector(registry=registry)
         self.ready = Gauge("lossgrad_ready", "1 while requests are served, otherwise 0.", registry=registry)

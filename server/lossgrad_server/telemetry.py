@@ -12,7 +12,9 @@ from lossgrad_server import __version__, engine
 from lossgrad_server.config import ConfigError, ServerConfig
 from lossgrad_server.gauges import Limits
 from lossgrad_server.gpu_metrics import Gpu, GpuCollector, find_gpu
+from lossgrad_server.isolation.worker import IsolatedWorker
 from lossgrad_server.metrics import Metrics
+from lossgrad_server.workers import MadeWorker
 
 if TYPE_CHECKING:
     from lossgrad_server.tracing import Tracer
@@ -40,15 +42,23 @@ def create_metrics(config: ServerConfig, device: str, determinism: str) -> Metri
     )
 
 
-def watch_gpu(metrics: Metrics, device: str) -> Gpu | None:
-    """Export the memory of a device that is a GPU, and what its management library tells; return that, if it does."""
-    if device != "cpu":
-        metrics.watch_device_memory(partial(engine.memory_bytes, device))
-    uuid = engine.gpu_uuid(device)
-    gpu = None if uuid is None else find_gpu(uuid)
+def watch_gpu(metrics: Metrics, made: MadeWorker) -> Gpu | None:
+    """Export the memory of a worker's GPU, and what the GPU's management library tells; return that, if it does."""
+    gpu = None if made.gpu_uuid is None else find_gpu(made.gpu_uuid)
     if gpu is not None:
         metrics.registry.register(GpuCollector(gpu))
+    device = made.worker.device
+    if device != "cpu" and not isinstance(made.worker, IsolatedWorker):
+        metrics.watch_device_memory(partial(engine.memory_bytes, device))
+    elif device != "cpu" and gpu is not None:
+        # What torch holds, only the worker's process knows; and this one must not touch the device.
+        metrics.watch_device_memory(partial(_driver_memory, gpu))
     return gpu
+
+
+def _driver_memory(gpu: Gpu) -> dict[str, int]:
+    memory = gpu.memory_bytes()
+    return {} if memory is None else {"used": memory[0], "total": memory[1]}
 
 
 def create_tracer(config: ServerConfig) -> Tracer | None:

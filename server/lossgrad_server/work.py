@@ -102,6 +102,7 @@ class FailureKind(IntEnum):
     INTERNAL = 1
     OUT_OF_MEMORY = 2
     DEVICE_LOST = 3
+    WORKER_CRASHED = 4  # its worker's process died of it, more than once
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,21 @@ class Pending(Protocol):
 
     def result(self) -> BatchResult:
         """Do what is left, wait for the device, and return what became of the items."""
+
+
+class LargeLimits(NamedTuple):
+    """Above which sizes a worker computes a request in pieces: work (elements times losses), bytes with the answer's."""
+
+    work: int
+    byte_count: int
+
+    def is_above(self, plan: JobPlan) -> bool:
+        """Return whether a request is."""
+        return plan.work > self.work or plan.byte_count > self.byte_count
+
+
+# Nothing is that large.
+UNLIMITED: Final = (1 << 63) - 1
 
 
 class DeviceWorker(Protocol):

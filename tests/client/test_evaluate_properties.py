@@ -24,7 +24,7 @@ from lossgrad_api import accumulation as api
 from lossgrad_api import codec
 from lossgrad_api.loss_totals import LossTotal
 from lossgrad_api.v1 import loss_service_pb2 as pb
-from lossgrad_server.app import EmbeddedServer
+from lossgrad_server.embedded import EmbeddedServer
 from tests.server.accumulate_calls import CHUNK, MSE, SMOOTH_L1, Answers, config, slice_of
 
 LOSSES = (lossgrad.SmoothL1(beta=0.5), lossgrad.MSE(reduction="sum"))
@@ -175,6 +175,9 @@ class Interrupted:
         if index == self._read:
             raise Stop
         return BATCHES[self._order[index]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.__getitem__, range(len(self)))
 
     def on_batch(self, _: BatchResult) -> None:
         if self.count == self._counted:

@@ -17,9 +17,9 @@ class PacedProgram(Program):
 
 
 @contextmanager
-def serving(program: Program) -> Iterator[tuple[Program, str]]:
-    """Wait until a program serves; give it and its address, and end it."""
+def serving(program: Program, *, knows_address: bool = False) -> Iterator[tuple[Program, str]]:
+    """Wait until a program serves; give it and its address, and end it. The caller may know better how to wait."""
     try:
-        yield program, program.address()
+        yield program, "" if knows_address else program.address()
     finally:
         program.close()

@@ -12,7 +12,8 @@ import pytest
 from lossgrad_api.codec import COMPUTE_LOSS
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_server import engine
-from lossgrad_server.batching.batcher import Batcher, _Run
+from lossgrad_server.batching.batcher import Batcher
+from lossgrad_server.batching.run import Run
 from tests.faults.generator import Call, Load, message
 from tests.faults.load import Generator, Report, percentile
 from tests.faults.paced_server import PacedWorker
@@ -86,7 +87,7 @@ def test_r09_tight_deadlines_cost_the_device_nothing_once_they_have_passed(
     begin = Batcher._begin
     begun, expired = 0, 0
 
-    def spy(batcher: Batcher, batch: object, under_way: list[_Run], *, is_large: bool) -> None:
+    def spy(batcher: Batcher, batch: object, under_way: list[Run], *, is_large: bool) -> None:
         nonlocal begun, expired
         now = time.monotonic()
         for job in batch.jobs:  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from lossgrad_api.accumulation import Accumulation, LossFunction, LossTotal
 from lossgrad_api.exact_sums import ExactSum
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_api.v1.loss_service_pb2_grpc import LossServiceStub
-from lossgrad_server.app import EmbeddedServer
+from lossgrad_server.embedded import EmbeddedServer
 from tests.server.accumulate_calls import (
     MSE,
     SUM,

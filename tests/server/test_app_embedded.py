@@ -15,8 +15,8 @@ from lossgrad_api import codec
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_api.v1.loss_service_pb2_grpc import LossServiceStub
 from lossgrad_server import engine
-from lossgrad_server.app import EmbeddedServer
 from lossgrad_server.config import ConfigError
+from lossgrad_server.embedded import EmbeddedServer
 from lossgrad_server.transport import pipeline
 from tests.server.calling import Failure, answers_by_tag, failure, failure_of, results_of
 from tests.server.requests import request, zeros

@@ -23,6 +23,7 @@ SPECIAL: dict[str, tuple[str, Any]] = {
     "log_level": ("debug", "debug"),
     "log_format": ("json", "json"),
     "open_inference": ("false", False),
+    "isolation": ("process", "process"),
 }
 
 

@@ -173,6 +173,9 @@ COUNTERS = [
     "lossgrad_rejected",
     "lossgrad_nonfinite_results",
     "lossgrad_accumulation_slices",
+    "lossgrad_worker_lost",
+    "lossgrad_worker_restarts",
+    "lossgrad_worker_crashing_requests",
     "process_cpu_seconds",
 ]
 HISTOGRAMS = [
@@ -188,6 +191,7 @@ HISTOGRAMS = [
 GAUGES = [
     "lossgrad_accumulations",
     "lossgrad_ready",
+    "lossgrad_worker_up",
     "lossgrad_build_info",
     "lossgrad_queue_requests",
     "lossgrad_queue_bytes",
@@ -280,7 +284,10 @@ CLOSED = {
     "stage": {"decode", "queue", "pack", "compute", "unpack", "encode"},
     "device": {"cpu"},
     "closed_by": {"idle", "inline", "max_requests", "max_elements", "max_bytes", "alone", "deadline"},
-    "reason": {"queue_full", "bytes_full", "predicted_late", "draining", "warming_up", "too_large", "deadline"},
+    "reason": {
+        "queue_full", "bytes_full", "predicted_late", "draining", "warming_up", "too_large", "deadline", "restarting",
+    },
+    "cause": {"killed", "exited", "hung", "device"},
     "grpc_type": {"unary", "bidi_stream"},
     "grpc_service": {SERVICE, inference.SERVICE},
     "grpc_method": {"ComputeLoss", "StreamComputeLoss", "AccumulateLoss", "GetServerInfo", *inference.methods()},
@@ -368,6 +375,8 @@ def test_every_error_has_an_outcome_and_a_rejection_from_the_closed_sets(metrics
         (Code.RESOURCE_EXHAUSTED, Reason.OUT_OF_DEVICE_MEMORY, "oom"),
         (Code.UNAVAILABLE, Reason.QUEUE_FULL, "overloaded"),
         (Code.UNAVAILABLE, Reason.DEVICE_FAILED, "device"),
+        (Code.UNAVAILABLE, Reason.WORKER_RESTARTING, "device"),
+        (Code.INTERNAL, Reason.WORKER_CRASHED, "internal"),
         (Code.DEADLINE_EXCEEDED, Reason.DEADLINE_PASSED, "deadline"),
         (Code.CANCELLED, Reason.CANCELLED, "cancelled"),
         (Code.INTERNAL, Reason.INTERNAL, "internal"),

@@ -15,7 +15,6 @@ under way, and the batcher waits for the oldest only when there is nothing to su
 
 from __future__ import annotations
 
-import itertools
 import logging
 import queue
 import threading
@@ -28,10 +27,11 @@ from lossgrad_server.batching.admission import Admission, AdmissionLimits
 from lossgrad_server.batching.forming import Batch, BatchLimits, ClosedBy, InOrder, form_batch
 from lossgrad_server.batching.job import BatchFacts, Computed, Job, Outcome
 from lossgrad_server.batching.outcomes import failure_of, hand_back
+from lossgrad_server.batching.run import Run
 from lossgrad_server.batching.schedule import ADMITTED_PART, Schedule
 from lossgrad_server.batching.waiting import WaitingJobs
 from lossgrad_server.errors import DeadlinePassed, InternalError, Reason, RequestError, Unavailable
-from lossgrad_server.work import BatchResult, DeviceWorker, Pending, WorkFailure
+from lossgrad_server.work import BatchResult, DeviceWorker, WorkFailure
 
 logger = logging.getLogger(__name__)
 
@@ -49,21 +49,6 @@ class BatchObserver(Protocol):
 
     def batch_done(self, batch: Batch, result: BatchResult, busy_ns: int) -> None:
         """Take note of a batch that ran; the device was busy with it for `busy_ns`."""
-
-
-class _Run:
-    """A batch under way."""
-
-    __slots__ = ("batch", "is_large", "number", "pending", "started_ns")
-
-    pending: Pending
-    _numbers = itertools.count(1)
-
-    def __init__(self, batch: Batch, started_ns: int, is_large: bool) -> None:
-        self.batch = batch
-        self.started_ns = started_ns
-        self.is_large = is_large
-        self.number = next(self._numbers)
 
 
 class Batcher:
@@ -90,7 +75,7 @@ class Batcher:
         self._schedule = Schedule()
         self._batch_limits = batch_limits
         self._waiting = WaitingJobs(batch_limits, self._schedule)
-        self._begun: list[_Run] = []  # by the worker's thread, which may be inside the worker with the last
+        self._begun: list[Run] = []  # by the worker's thread, which may be inside the worker with the last
         self._is_any_late = False
         self._on_lost = on_lost
         self._is_lost = False
@@ -98,6 +83,7 @@ class Batcher:
         self._doorbell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._is_asleep = False
         self._is_stopping = False
+        self._suspended: Callable[[], RequestError] | None = None
         self._is_warm = threading.Event()
         self._warm_up_error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name=f"lossgrad-{worker.device}", daemon=True)
@@ -165,6 +151,8 @@ class Batcher:
                             reason=Reason.DRAINING,
                             retry_after_seconds=0.0,
                         )
+                    if self._suspended is not None:
+                        raise self._suspended()
                     is_large = self._worker.is_large(job.plan)
                     if job.deadline is not None and not may_be_inline:
                         self._refuse_if_late(job, job.deadline, is_large)
@@ -228,11 +216,23 @@ class Batcher:
             self._deliver([*overdue])
         hand_back(late)
 
+    def suspend(self, error: Callable[[], RequestError]) -> None:
+        """Refuse what comes and hand back what waits, each with an error of its own, until `resume`: in any thread."""
+        with self._lock:
+            self._suspended = error
+            left = self._waiting.take_all()
+        self._deliver([(job, error()) for job in left])
+
+    def resume(self) -> None:
+        """Take jobs again."""
+        with self._lock:
+            self._suspended = None
+
     def _run_inline(self, batch: Batch) -> None:
         try:
             outcomes: list[tuple[Job, Outcome]] = list(batch.dropped)
             if batch.jobs:
-                outcomes += self._compute(_Run(batch, time.perf_counter_ns(), is_large=False))
+                outcomes += self._compute(Run(batch, time.perf_counter_ns(), is_large=False))
         finally:
             self._device.release()
         hand_back(self._release(outcomes))
@@ -243,7 +243,7 @@ class Batcher:
         if must_ring:
             self._doorbell.put(None)
 
-    def _compute(self, run: _Run) -> list[tuple[Job, Outcome]]:
+    def _compute(self, run: Run) -> list[tuple[Job, Outcome]]:
         try:
             run.pending = self._worker.submit([job.item for job in run.batch.jobs])
         except Exception as error:
@@ -280,7 +280,7 @@ class Batcher:
         finally:
             self._is_warm.set()
         try:
-            under_way: list[_Run] = []
+            under_way: list[Run] = []
             while self._begin_batches(under_way) or under_way:
                 with self._device:
                     self._go_on(under_way)
@@ -299,7 +299,7 @@ class Batcher:
         self._deliver([(job, InternalError()) for job in left])
         self._post(self._on_lost)
 
-    def _begin_batches(self, under_way: list[_Run]) -> bool:
+    def _begin_batches(self, under_way: list[Run]) -> bool:
         """Submit what waits, as far as there are slots. Sleeps where there is nothing to do; False: for ever."""
         while True:
             with self._lock:
@@ -319,11 +319,11 @@ class Batcher:
                     self._begin(batch, under_way, is_large=batch is large)
         return True
 
-    def _begin(self, batch: Batch, under_way: list[_Run], *, is_large: bool) -> None:
+    def _begin(self, batch: Batch, under_way: list[Run], *, is_large: bool) -> None:
         self._deliver(list(batch.dropped))
         if not batch.jobs:
             return
-        run = _Run(batch, time.perf_counter_ns(), is_large)
+        run = Run(batch, time.perf_counter_ns(), is_large)
         self._schedule.begin(batch.work, is_large=is_large)
         self._begun.append(run)
         try:
@@ -333,7 +333,7 @@ class Batcher:
         else:
             under_way.append(run)
 
-    def _go_on(self, under_way: list[_Run]) -> None:
+    def _go_on(self, under_way: list[Run]) -> None:
         """Do one piece of what is large, and hand back what is done; wait only where nothing else is to be done."""
         must_wait = True
         for run in sorted(under_way, key=lambda run: run.is_large):  # what is done must not wait for another piece
@@ -351,12 +351,12 @@ class Batcher:
         if must_wait and under_way and not (len(under_way) < self._worker.slots and self._waiting):
             self._finish(under_way.pop(0))
 
-    def _finish(self, run: _Run) -> None:
+    def _finish(self, run: Run) -> None:
         outcomes = self._result(run)
         self._end(run)
         self._deliver(outcomes)
 
-    def _result(self, run: _Run) -> list[tuple[Job, Outcome]]:
+    def _result(self, run: Run) -> list[tuple[Job, Outcome]]:
         try:
             result = run.pending.result()
             outcomes = self._outcomes(run, result)
@@ -370,20 +370,20 @@ class Batcher:
             self._post(self._on_lost)
         return outcomes
 
-    def _end(self, run: _Run) -> None:
+    def _end(self, run: Run) -> None:
         self._begun.remove(run)
         self._schedule.end(run.batch.work, is_large=run.is_large)
 
-    def _fail(self, run: _Run, error: Exception) -> None:
+    def _fail(self, run: Run, error: Exception) -> None:
         self._end(run)
         self._deliver(self._failed(run, error))
 
-    def _failed(self, run: _Run, error: Exception) -> list[tuple[Job, Outcome]]:
+    def _failed(self, run: Run, error: Exception) -> list[tuple[Job, Outcome]]:
         # A worker answers for its items itself, so this is a bug of its own; the server goes on all the same.
         logger.error("The worker of %s failed %s jobs", self._worker.device, len(run.batch.jobs), exc_info=error)
         return [(job, InternalError()) for job in run.batch.jobs]
 
-    def _outcomes(self, run: _Run, result: BatchResult) -> list[tuple[Job, Outcome]]:
+    def _outcomes(self, run: Run, result: BatchResult) -> list[tuple[Job, Outcome]]:
         batch = run.batch
         facts = BatchFacts(
             result.pack_ns,

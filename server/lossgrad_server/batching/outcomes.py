@@ -34,4 +34,6 @@ def failure_of(failure: WorkFailure) -> RequestError:
         return RequestError(
             failure.message, code=Code.UNAVAILABLE, reason=Reason.DEVICE_FAILED, retry_after_seconds=1.0
         )
+    if failure.kind == FailureKind.WORKER_CRASHED:
+        return RequestError(failure.message, code=Code.INTERNAL, reason=Reason.WORKER_CRASHED)
     return InternalError()

@@ -15,7 +15,7 @@ from typing import Any
 from lossgrad_server.engine import torch_build
 from lossgrad_server.work import DeviceWorker
 
-__all__ = ["create_worker", "determinism", "gpu_uuid", "memory_bytes", "torch_version"]
+__all__ = ["create_worker", "determinism", "gpu_uuid", "is_gpu", "is_surely_cpu", "memory_bytes", "torch_version"]
 
 
 def create_worker(device: str, threads: int | None, kind: str = "fused") -> DeviceWorker:
@@ -24,8 +24,7 @@ def create_worker(device: str, threads: int | None, kind: str = "fused") -> Devi
     `threads` is how many threads compute one large request on the CPU; None takes every core that this process may use.
     `kind` is "fused", for the compiled kernels, or "plain", for torch's operations.
     """
-    is_surely_cpu = device == "cpu" or (device == "auto" and not torch_build.is_for_cuda())
-    if kind == "fused" and is_surely_cpu:
+    if kind == "fused" and is_surely_cpu(device):
         return _cpu_worker(threads)
     from lossgrad_server.engine.devices import resolve_device
 
@@ -39,6 +38,20 @@ def create_worker(device: str, threads: int | None, kind: str = "fused") -> Devi
     from lossgrad_server.engine.cuda_worker import CudaWorker
 
     return CudaWorker(resolved)
+
+
+def is_surely_cpu(device: str) -> bool:
+    """Return whether "auto", "cpu", "cuda" or "cuda:N" means the CPU, as far as that is known without torch."""
+    return device == "cpu" or (device == "auto" and not torch_build.is_for_cuda())
+
+
+def is_gpu(device: str) -> bool:
+    """Return whether "auto", "cpu", "cuda" or "cuda:N" means a GPU. ValueError where there is no such device."""
+    if is_surely_cpu(device):
+        return False
+    from lossgrad_server.engine.devices import resolve_device
+
+    return resolve_device(device).type == "cuda"
 
 
 def _cpu_worker(threads: int | None) -> DeviceWorker:

@@ -23,7 +23,18 @@ from lossgrad_server.engine.cpu_program import Program, program_of
 from lossgrad_server.engine.placement import JobOutputs, has_destinations
 from lossgrad_server.errors import InternalError
 from lossgrad_server.jobs import JobPlan, unpack_header
-from lossgrad_server.work import BatchResult, Buffer, Done, FailureKind, Pending, WorkFailure, WorkItem, WorkResult
+from lossgrad_server.work import (
+    UNLIMITED,
+    BatchResult,
+    Buffer,
+    Done,
+    FailureKind,
+    LargeLimits,
+    Pending,
+    WorkFailure,
+    WorkItem,
+    WorkResult,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +92,11 @@ class CpuWorker:
     def is_large(self, plan: JobPlan) -> bool:
         """Return whether a request is computed in pieces."""
         return plan.element_count * len(plan.specs) > self._piece_work
+
+    @property
+    def large_limits(self) -> LargeLimits:
+        """What `is_large` goes by."""
+        return LargeLimits(self._piece_work, UNLIMITED)
 
     def submit(self, items: Sequence[WorkItem]) -> Pending:
         """Compute the items at once, but a large one that comes alone in the pieces that its pending is advanced by."""

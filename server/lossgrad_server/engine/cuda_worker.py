@@ -27,7 +27,7 @@ from lossgrad_server.engine.cuda_template import Template, TooManyBytes
 from lossgrad_server.engine.cuda_warm_up import warm_up_items
 from lossgrad_server.errors import InternalError
 from lossgrad_server.jobs import JobPlan
-from lossgrad_server.work import BatchResult, FailureKind, WorkFailure, WorkItem, WorkResult
+from lossgrad_server.work import UNLIMITED, BatchResult, FailureKind, LargeLimits, WorkFailure, WorkItem, WorkResult
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,11 @@ class CudaWorker:
     def is_large(self, plan: JobPlan) -> bool:
         """Return whether a request is copied in pieces, and has device memory of its own."""
         return plan.input_byte_count + plan.output_byte_count > self._alone_bytes
+
+    @property
+    def large_limits(self) -> LargeLimits:
+        """What `is_large` goes by."""
+        return LargeLimits(UNLIMITED, self._alone_bytes)
 
     def warm_up(self) -> None:
         """Allocate the slots, and compute every kind of job once, so that all kernels are compiled and loaded."""

@@ -21,9 +21,11 @@ from lossgrad_server.errors import InternalError
 from lossgrad_server.jobs import DataType, JobPlan, LossKind, Reduction, SpecPlan, TensorPlan, unpack_header
 from lossgrad_server.work import (
     SPEC_RESULT,
+    UNLIMITED,
     BatchResult,
     Done,
     FailureKind,
+    LargeLimits,
     WorkFailure,
     WorkItem,
     WorkResult,
@@ -82,6 +84,11 @@ class TorchWorker:
     def is_large(self, plan: JobPlan) -> bool:
         """Nothing is computed in pieces."""
         return False
+
+    @property
+    def large_limits(self) -> LargeLimits:
+        """What `is_large` goes by: nothing is."""
+        return LargeLimits(UNLIMITED, UNLIMITED)
 
     def submit(self, items: Sequence[WorkItem]) -> Done:
         """Compute the items at once."""

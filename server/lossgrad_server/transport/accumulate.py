@@ -50,6 +50,8 @@ _TURN_SECONDS: Final = 0.001
 
 # How long a slice waits for room in a full queue before its stream is ended. It holds its memory meanwhile.
 _QUEUE_PATIENCE_SECONDS: Final = 5.0
+# Why a slice may be refused that waits for better times.
+_PASSING: Final = (Reason.QUEUE_FULL, Reason.QUEUE_BYTES_FULL, Reason.WORKER_RESTARTING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,11 +234,10 @@ class AccumulationSession:
             raise
 
     async def _offer(self, request: _PendingSlice) -> None:
-        """Queue a slice. Where the queue is full it waits: for its caller that is backpressure, and no error yet."""
+        """Queue a slice. Where it cannot be taken now it waits: for its caller that is backpressure, and no error yet."""
         patience = time.monotonic() + _QUEUE_PATIENCE_SECONDS
         while (refusal := self._pipeline.offer(request)) is not None:
-            is_full = refusal.reason in (Reason.QUEUE_FULL, Reason.QUEUE_BYTES_FULL)
-            if not is_full or time.monotonic() > patience:
+            if refusal.reason not in _PASSING or time.monotonic() > patience:
                 request.done(refusal)
                 return
             await asyncio.sleep(refusal.retry_after_seconds or 0.0)

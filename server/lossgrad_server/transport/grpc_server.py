@@ -29,6 +29,7 @@ _LIMIT_SLACK_BYTES: Final = 1 << 20
 _MAX_METADATA_BYTES: Final = 16 * 1024
 
 _MAX_PENDING_CALLS: Final = 8192
+_MAX_STREAMS: Final = 4096
 
 # The label `api` of calls to methods that compute nothing, or that there are none of: refused for want of a token.
 OTHER: Final = "other"
@@ -138,6 +139,9 @@ def server_options(
         # Finds peers that are gone without a word, and those that read nothing at all.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        # Of one connection; what a client has beyond waits on its side, without an error. A call without a body costs 20 kB
+        # until its read deadline, and twice as many as the queue takes would only be refused.
+        ("grpc.max_concurrent_streams", _MAX_STREAMS),
         # Calls that wait for the event loop. Beyond a thousand gRPC throws dice and resets some of them, which their callers
         # see as CANCELLED: a burst would lose calls that admission would have taken, or refused with a push-back. So many
         # are four seconds of a busy event loop, and cost 200 MB at most.
@@ -154,7 +158,7 @@ def server_options(
 
 
 class StalledPeer(Exception):
-    """The caller does not read what it is sent."""
+    """The caller does not read what it is sent, or is gone."""
 
 
 class GrpcCall:
@@ -264,6 +268,8 @@ def _stream(method: Method, metrics: Metrics, limits: _Limits) -> Any:
             try:
                 async with asyncio.timeout(timeout_seconds):
                     await context.write(message)
+            except grpc.aio.InternalError:  # the caller has hung up, and the call's cancellation is on its way here
+                raise StalledPeer from None
             except TimeoutError:
                 logger.warning("Cut off a stream whose caller has read nothing for %s s", timeout_seconds)
                 raise StalledPeer from None
