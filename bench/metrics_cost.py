@@ -76,7 +76,7 @@ def measure(rounds: int, burst_seconds: float) -> dict[str, Any]:
     bars = [
         Bar(f"{kind}, {name}", 100 * (microseconds[name, kind] / microseconds[name, "without"] - 1), 3.0, False, "%")
         for name in _LOADS
-        for kind in ("metrics", "tracing")
+        for kind in ("metrics",)
     ]
     rows = [
         {

@@ -11,39 +11,21 @@ if TYPE_CHECKING:
     from lossgrad_server.transport.pipeline import PendingRequest
 
 
-class AlikeRequests:
-    """Answered requests that are equal in all that metrics tell apart."""
+def count_alike(
+    metrics: Metrics, request: PendingRequest, computed: Computed, now_ns: int, times: int, nonfinite: int
+) -> None:
+    """Count so many requests, all as this one, as answered now; and where the time went: the stages add up to it.
 
-    __slots__ = ("_api", "_computed", "_plan", "_queued_ns", "_started_ns", "nonfinite", "times")
-
-    def __init__(self, request: PendingRequest, computed: Computed) -> None:
-        self._plan = request.plan
-        self._api = request.api
-        self._started_ns = request.started_ns
-        self._queued_ns = request.queued_ns
-        self._computed = computed
-        self.times = self.nonfinite = 0
-
-    def takes(self, request: PendingRequest, computed: Computed) -> bool:
-        """Whether a request is another of these."""
-        return (
-            request.plan is self._plan
-            and computed.batch is self._computed.batch
-            and request.started_ns == self._started_ns
-            and request.queued_ns == self._queued_ns
-            and request.api == self._api
-        )
-
-    def count(self, metrics: Metrics, now_ns: int) -> None:
-        """Count them as answered now, and where the time went: the stages, with the batch's own, add up to the duration."""
-        queue_ns, batch = self._computed.queue_ns, self._computed.batch
-        picked_ns = self._queued_ns + queue_ns
-        ran_ns = batch.pack_ns + batch.compute_ns + batch.unpack_ns
-        # What the worker does not account for is waiting too: for another batch on the device, between the pieces of a job.
-        done_ns = max(batch.done_ns, picked_ns + ran_ns)
-        metrics.stage("decode", self._queued_ns - self._started_ns, self.times)
-        metrics.stage("queue", done_ns - ran_ns - self._queued_ns, self.times)
-        metrics.stage("encode", now_ns - done_ns, self.times)
-        seconds = (now_ns - self._started_ns) * 1e-9
-        plan = self._plan
-        metrics.of_request(plan, self._api).done(seconds, plan.element_count, self.times, self.nonfinite)
+    `nonfinite` of them have a NaN or an infinity among their elements' losses. The batch has counted its own stages.
+    """
+    batch = computed.batch
+    picked_ns = request.queued_ns + computed.queue_ns
+    ran_ns = batch.pack_ns + batch.compute_ns + batch.unpack_ns
+    # What the worker does not account for is waiting too: for another batch on the device, between the pieces of a job.
+    done_ns = max(batch.done_ns, picked_ns + ran_ns)
+    metrics.stage("decode", request.queued_ns - request.started_ns, times)
+    metrics.stage("queue", done_ns - ran_ns - request.queued_ns, times)
+    metrics.stage("encode", now_ns - done_ns, times)
+    seconds = (now_ns - request.started_ns) * 1e-9
+    plan = request.plan
+    metrics.of_request(plan, request.api).done(seconds, plan.element_count, times, nonfinite)
