@@ -372,7 +372,7 @@ class RequestPipeline:
         started_ns = times = nonfinite = 0
         for one in answered:
             request, computed = one
-            if request.plan is not plan or computed.batch is not batch or request.started_ns != started_ns:
+            if request.plan is not plan or computed.batch is not batch or request._started_ns != started_ns:
                 if first is not None:
                     count_alike(self.metrics, *first, now_ns, times, nonfinite)
                 first, plan, batch, started_ns = one, request.plan, computed.batch, request.started_ns
