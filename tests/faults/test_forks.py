@@ -6,13 +6,10 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from tests.server.program import ROOT
 from tests.server.serving import RunningServer
 
 
-@pytest.mark.faults  # most of it is importing torch; tests/client/test_fork.py has the short one
 def test_r33_the_forked_workers_of_a_data_loader_are_served_and_none_hangs(server: RunningServer) -> None:
     began = time.monotonic()
     done = subprocess.run(
