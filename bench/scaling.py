@@ -16,11 +16,12 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 import lossgrad
 from bench.measuring import KIB, MIB
@@ -33,24 +34,25 @@ WARM_SECONDS: Final = 0.5
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of request: float32 tensors of so many bytes each, with the gradient in the answer, or packed without."""
+    """A kind of request: float32 tensors of so many bytes each. Only unary calls ask for the gradient."""
 
     name: str
     tensor_bytes: int
-    packed: bool = False
+    how: Literal["unary", "packed", "evaluate"] = "unary"
 
     @property
     def wire_bytes(self) -> int:
         """Return the bytes of tensors that a request moves: two there, and the gradient back."""
-        return self.tensor_bytes * (2 if self.packed else 3)
+        return self.tensor_bytes * (3 if self.how == "unary" else 2)
 
 
 CASES: Final = (
     Case("1 KiB, unary", KIB // 2),
-    Case("1 KiB, packed", KIB // 2, packed=True),
+    Case("1 KiB, packed", KIB // 2, "packed"),
     Case("64 KiB, unary", 32 * KIB),
     Case("1 MiB, unary", MIB // 2),
     Case("8 MiB, unary", 4 * MIB),
+    Case("1 MiB, evaluate", MIB // 2, "evaluate"),
 )
 
 
@@ -77,50 +79,64 @@ def servers(count: int) -> Iterator[list[ServerProcess]]:
         yield started
 
 
-def caller(client: lossgrad.LossClient, case: Case) -> Callable[[], int]:
-    """Return what makes calls of a case, and returns how many requests were answered."""
-    elements = case.tensor_bytes // 4
-    input, target = np.linspace(-2, 2, elements, dtype=np.float32), np.zeros(elements, np.float32)
+class Load:
+    """Callers of one case, each in a thread; they count what is answered while `counting` is set."""
 
-    def one() -> int:
-        client.smooth_l1(input, target, gradient=True)
-        return 1
+    def __init__(self, targets: Sequence[str], case: Case) -> None:
+        self.counting = threading.Event()
+        self._done = threading.Event()
+        self._targets = targets
+        self._case = case
+        elements = case.tensor_bytes // 4
+        self._pair = np.linspace(-2, 2, elements, dtype=np.float32), np.zeros(elements, np.float32)
+        # An evaluation shares its batches over the servers by itself.
+        self._answered = [0] * (1 if case.how == "evaluate" else CALLERS)
+        self._threads = [threading.Thread(target=self._run, args=(index,)) for index in range(len(self._answered))]
+        for thread in self._threads:
+            thread.start()
 
-    def many() -> int:
-        return sum(1 for _ in client.stream([(input, target)] * PACKED, lossgrad.SmoothL1()))
+    def stop(self) -> int:
+        """Have the callers end; return how many requests were counted."""
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+        return sum(self._answered)
 
-    return many if case.packed else one
+    def _run(self, index: int) -> None:
+        with lossgrad.LossClient("ipv4:" + ",".join(self._targets)) as client:
+            if self._case.how == "evaluate":
+                client.evaluate(self._batches(), lossgrad.SmoothL1(), endpoints=self._targets)
+                return
+            while not self._done.is_set():
+                if self._case.how == "packed":
+                    count = sum(1 for _ in client.stream([self._pair] * PACKED, lossgrad.SmoothL1()))
+                else:
+                    client.smooth_l1(*self._pair, gradient=True)
+                    count = 1
+                self._count(index, count)
+
+    def _batches(self) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
+        while not self._done.is_set():
+            yield self._pair
+            self._count(0, 1)
+
+    def _count(self, index: int, count: int) -> None:
+        if self.counting.is_set():
+            self._answered[index] += count
 
 
 def measure(running: Sequence[ServerProcess], case: Case, seconds: float) -> Measured:
     """Load servers for some seconds."""
-    target = "ipv4:" + ",".join(server.target for server in running)
-    begin, done = threading.Event(), threading.Event()
-    answered = [0] * CALLERS
-
-    def run(index: int) -> None:
-        with lossgrad.LossClient(target) as client:
-            call = caller(client, case)
-            while not done.is_set():
-                count = call()
-                if begin.is_set():
-                    answered[index] += count
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(CALLERS)]
-    for thread in threads:
-        thread.start()
+    load = Load([server.target for server in running], case)
     time.sleep(WARM_SECONDS)
     before = [server.cpu_seconds() for server in running]
     started = time.perf_counter()
-    begin.set()
+    load.counting.set()
     time.sleep(seconds)
-    begin.clear()
+    load.counting.clear()
     took = time.perf_counter() - started
     used = [server.cpu_seconds() - earlier for server, earlier in zip(running, before, strict=True)]
-    done.set()
-    for thread in threads:
-        thread.join()
-    requests = sum(answered)
+    requests = load.stop()
     return Measured(
         case.name,
         len(running),

@@ -201,6 +201,7 @@ def loop_lag(bench: Bench, share: float) -> None:
                     "max_ms": busy["max_seconds"] * 1e3,
                     "p99_ms": busy["p99_seconds"] * 1e3,
                     "blocked_ms_per_call": busy["blocked_seconds"] * 1e3 / calls,
+                    "core_wait_ms_per_call": busy["core_wait_seconds"] * 1e3 / calls,
                     "idle_max_ms": idle["max_seconds"] * 1e3,
                 }
     bench.report.server["event loop's lag"] = found
@@ -208,7 +209,8 @@ def loop_lag(bench: Bench, share: float) -> None:
         ours, floors = found[f"server, {size_name(size)}"], found[f"floor, {size_name(size)}"]
         note = (
             f"blocked {ours['blocked_ms_per_call']:.1f} ms a call, the floor {floors['blocked_ms_per_call']:.1f} ms; "
-            f"at most {ours['max_ms']:.1f} and {floors['max_ms']:.1f} ms at a time"
+            f"at most {ours['max_ms']:.1f} and {floors['max_ms']:.1f} ms at a time; its thread waited for a core for "
+            f"{ours['core_wait_ms_per_call']:.1f} and {floors['core_wait_ms_per_call']:.1f} ms of a call"
         )
         beyond = ours["blocked_ms_per_call"] - floors["blocked_ms_per_call"]
         name = f"{size_name(size)}: how long a call blocks the event loop beyond what grpcio does"

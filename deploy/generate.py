@@ -11,7 +11,7 @@ from typing import Any, Final
 import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
-from deploy.grafana import capacity, overview
+from deploy.grafana import capacity, clients, overview
 
 DEPLOY: Final = Path(__file__).parent
 RULES: Final = DEPLOY / "prometheus/rules"
@@ -39,7 +39,7 @@ def prometheus_rule() -> str:
 def dashboards() -> dict[Path, str]:
     """Return every dashboard as JSON, by the file that it belongs in."""
     files: dict[Path, str] = {}
-    for module in (overview, capacity):
+    for module in (overview, capacity, clients):
         dashboard = module.build().build()
         for index, panel in enumerate(dashboard.panels or [], 1):
             panel.id_val = index

@@ -31,7 +31,7 @@ FOLDER: Final = Path(__file__).resolve().parent
 ROOT: Final = FOLDER.parent
 ENVIRONMENT: Final = ROOT / ".venv-lock"
 # The lock's files, and what of pyproject.toml each has: the extras beside the dependencies, or the build's own requirements.
-EXTRAS: Final = {"image.txt": ("server", "cli"), "dev.txt": ("dev",)}
+EXTRAS: Final = {"image.txt": ("server", "cli", "otel"), "dev.txt": ("dev",)}
 BUILD: Final = "build.txt"
 
 

@@ -6,15 +6,18 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench import evaluate, evaluate_echo
 from bench import transport_messages as messages
 from bench.measuring import Bar, interleave, paired_ratio, parse_size, percentile, size_name, to_json
 from bench.transport import QUICK, SECTIONS
+from lossgrad.slice_window import SliceRequest, SliceWindow
 from lossgrad_api import codec
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_server.isolation.memory import why_impossible as no_isolation
@@ -131,3 +134,38 @@ def test_a_worker_in_a_process_of_its_own_is_measured_beside_the_thread_s() -> N
     assert all(rate > 0 for one in report["cases"] for rate in one["calls_per_second"])
     (bar,) = report["bars"]
     assert bar["bar"] == 0.85
+
+
+@pytest.mark.slow
+def test_evaluate_is_measured_beside_its_floor() -> None:
+    report = _run("bench.evaluate", "--json", "--rounds", "1", "--burst-seconds", "0.05", "--sizes", "1KiB", "256KiB")
+    assert [row["slice_bytes"] for row in report["rows"]] == [1024, 256 << 10]
+    for row in report["rows"]:
+        assert min(row["floor"], row["packed_floor"], row["evaluate"]) > 0
+        assert row["evaluate_mib_per_second"] == pytest.approx(
+            row["evaluate"] * 2 * row["slice_bytes"] / (1 << 20), rel=1e-3
+        )
+    assert [bar["bar"] for bar in report["bars"]] == [0.8, 0.8]
+
+
+@pytest.mark.parametrize("size", [1 << 10, 64 << 10, 256 << 10, 4 << 20])
+def test_the_floor_of_evaluate_sends_and_answers_as_evaluate_and_the_server_do(size: int) -> None:
+    count = evaluate.packed_count(size)
+    requests = pb.StreamComputeLossRequest.FromString(evaluate_echo.request(size, count)).requests
+    assert len(requests) == count
+    assert requests[0].request.specs[0].include_total
+    assert len(requests[0].request.input.data) == size
+    answers = codec.decode_stream_response(evaluate_echo.answer(size, count))
+    assert [tag for tag, _ in answers] == [each.tag for each in requests]
+    assert messages.count_answers(evaluate_echo.answer(size, count)) == count
+    # As many as `evaluate` puts into a message, which it fills.
+    window = SliceWindow(
+        1, max_bytes=64 << 20, max_message_bytes=1 << 28, silence_seconds=9, patience_seconds=9, clock=time.monotonic
+    )
+    sent = []
+    for _ in range(2 * count + 1):
+        body = requests[0].request.SerializeToString()
+        window.add(SliceRequest([body], len(body), lambda _: None))
+        sent += window.messages()
+    counts = [len(pb.StreamComputeLossRequest.FromString(message).requests) for _, message in sent]
+    assert counts[1] == count

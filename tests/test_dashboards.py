@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 import lossgrad
 from deploy import generate, screenshot
+from lossgrad.metrics import ClientMetrics
 from lossgrad_server import config
 from lossgrad_server.app import Server
 from tests.prometheus import expressions, fetch, panels
@@ -40,11 +42,12 @@ def test_grafanas_own_types_read_a_dashboard_without_loss(path: Path) -> None:
 
 
 async def exported() -> dict[str, set[str]]:
-    """Return every sample name in the /metrics of a server that has been called in every way, with its labels."""
+    """Return every sample name that a server and its client export after calls of every kind, with its labels."""
     server = Server(config.ServerConfig(port=0, metrics_port=0, device="cpu"))
     await server.start()
+    registry = CollectorRegistry()
     try:
-        async with lossgrad.AsyncLossClient(server.grpc_address) as client:
+        async with lossgrad.AsyncLossClient(server.grpc_address, metrics=registry) as client:
             await client.smooth_l1([1.0, 2.0], [0.0, math.nan], gradient=True)
             async for _ in client.stream([([1.0], [0.0])], lossgrad.SmoothL1()):
                 pass
@@ -53,8 +56,14 @@ async def exported() -> dict[str, set[str]]:
         text = await asyncio.to_thread(fetch, server.metrics_address)
     finally:
         await server.stop()
+    # What only a client in trouble has.
+    stream = ClientMetrics.of(registry).method("stream")
+    stream.retried(lossgrad.Overloaded("full", reason="QUEUE_FULL"))
+    stream.reconnected(lossgrad.Unavailable("broken"))
+    with stream.waiting():
+        pass
     samples: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(text):
+    for family in [*text_string_to_metric_families(text), *registry.collect()]:
         for sample in family.samples:
             samples.setdefault(sample.name, set()).update(sample.labels)
     return samples

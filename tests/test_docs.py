@@ -22,19 +22,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import lossgrad
 from examples.demo.server_process import READY, ServerProcess
+from lossgrad.metrics import ClientMetrics
 from lossgrad_server import errors
 from lossgrad_server.config import ServerConfig, environment_variable, flag
 from lossgrad_server.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/*.md")])
-METRIC_NAME = re.compile(r"\b(?:lossgrad|grpc_server)_[a-z_]+\b")
+METRIC_NAME = re.compile(r"\b(?:lossgrad|grpc_server|grpc_client)_[a-z_0-9]+\b")
 
 
 def name_of(document: Path) -> str:
@@ -279,8 +280,37 @@ def test_the_table_of_metrics_is_that_of_the_server(exposition: list[Metric]) ->
     assert shown == served
 
 
-def test_every_metric_that_a_document_names_exists(exposition: list[Metric]) -> None:
-    names = {name for family in exposition for name in (family.name, *(sample.name for sample in family.samples))}
+@pytest.fixture(scope="module")
+def clients_own(server: ServerProcess) -> list[Metric]:
+    """What a client has counted after a call and a stream, and some trouble, which this server does not make."""
+    registry = CollectorRegistry()
+    with lossgrad.LossClient(server.target, metrics=registry) as client:
+        client.l1([1.0], [0.0])
+        client.compute_many([([1.0], [0.0])], lossgrad.L1())
+    stream = ClientMetrics.of(registry).method("stream")
+    stream.retried(lossgrad.Overloaded("full", reason="QUEUE_FULL"))
+    stream.reconnected(lossgrad.Unavailable("broken"))
+    return list(registry.collect())
+
+
+def test_the_table_of_the_clients_metrics_is_what_a_client_counts(clients_own: list[Metric]) -> None:
+    served = {
+        f"{family.name}_total" if family.type == "counter" else family.name: (
+            family.type,
+            {label for sample in family.samples for label in sample.labels} - {"le"},
+        )
+        for family in clients_own
+    }
+    shown = {
+        name.strip("`"): (kind, set(labels.split(", ")))
+        for name, kind, labels, _ in table_after(ROOT / "docs/operations.md", "client-metrics")
+    }
+    assert shown == served
+
+
+def test_every_metric_that_a_document_names_exists(exposition: list[Metric], clients_own: list[Metric]) -> None:
+    families = [*exposition, *clients_own]
+    names = {name for family in families for name in (family.name, *(sample.name for sample in family.samples))}
     packages = {"lossgrad_api", "lossgrad_server"}
     for document in DOCUMENTS:
         named = set(METRIC_NAME.findall(document.read_text())) - packages

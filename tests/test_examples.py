@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -12,14 +13,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import train_test_split
 
 import lossgrad
+from examples import bounding_boxes, evaluate_model
 from examples.demo import burst, evaluate, train
 from examples.demo.histograms import Scrape, parse
 from examples.demo.server_process import ServerProcess
@@ -103,6 +107,110 @@ def test_the_errors_example_shows_every_kind(server: ServerProcess) -> None:
     printed = run("examples/errors.py", target=server.target)
     for expected in ("reason=SHAPE_MISMATCH field=target.shape", "beta is -1.0", "'avg'", "Unavailable: "):
         assert expected in printed
+
+
+def test_the_model_example_prints_torchs_values(server: ServerProcess) -> None:
+    printed = run("examples/evaluate_model.py", target=server.target)
+    data = evaluate_model.Halves(slice(evaluate_model.TRAINED, None))
+    predicted = evaluate_model.trained_model()(data.pixels[:, :32]).detach().double()
+    lower = data.pixels[:, 32:].double()
+    # The training's float32 differs a little from machine to machine, and so from process to process.
+    assert number_after("SmoothL1(beta=0.1)  all", printed) == pytest.approx(
+        F.smooth_l1_loss(predicted, lower, beta=0.1).item(), rel=1e-3
+    )
+    assert number_after("MSE()               all", printed) == pytest.approx(
+        F.mse_loss(predicted, lower).item(), rel=1e-3
+    )
+    errors = [
+        F.smooth_l1_loss(predicted[rows], lower[rows], beta=0.1).item()
+        for rows in (torch.tensor(data.digits) == digit for digit in range(10))
+    ]
+    assert f"hardest digit: {max(range(10), key=errors.__getitem__)}\n" in printed
+
+
+def test_the_box_example_is_fast_r_cnns_loss(server: ServerProcess) -> None:
+    printed = run("examples/bounding_boxes.py", target=server.target)
+    weights = torch.tensor(bounding_boxes.WEIGHTS).double()
+    losses, positives = [], []
+    for image in bounding_boxes.images():
+        chosen = torch.tensor(image.is_positive)
+        each = F.smooth_l1_loss(
+            torch.tensor(image.predicted)[chosen].double(),
+            torch.tensor(image.target)[chosen].double(),
+            beta=1 / 9,
+            reduction="none",
+        )
+        losses.append((each * weights).sum().item())
+        positives.append(int(chosen.sum()))
+    assert f"first image: {positives[0]} of 128 proposals are positive" in printed
+    assert number_after("are positive, loss", printed) == pytest.approx(losses[0] / positives[0], rel=1e-4)
+    assert f"all images: {sum(positives)} positives" in printed
+    assert number_after(f"{sum(positives)} positives, loss", printed) == pytest.approx(
+        sum(losses) / sum(positives), rel=1e-4
+    )
+    assert "0 for negatives: True" in printed
+    shares = [float(share) for share in re.findall(r"share of the loss ([\d.]+)%", printed)]
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+
+
+@pytest.mark.slow
+def test_the_sharded_example_has_the_bits_of_one_process(server: ServerProcess) -> None:
+    printed = run("examples/sharded_evaluation.py", target=server.target)
+    assert "the same bits: True" in printed
+    pairs = re.findall(r": (0x\S+) in 4 processes, (0x\S+) in one", printed)
+    assert len(pairs) == 3
+    assert all(one == other for one, other in pairs)
+    rng = np.random.default_rng(0)
+    target = rng.normal(size=(200_000, 4)).astype(np.float32)
+    prediction = (target + rng.laplace(size=target.shape)).astype(np.float32)
+    difference = (prediction - target).astype(np.float64)
+    expected = float((difference**2).mean())
+    assert float.fromhex(pairs[1][0]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_notebook_runs_and_gives_what_it_shows() -> None:
+    path = ROOT / "examples/evaluation.ipynb"
+    # In a process of its own, because what runs notebooks warns of the event loop that it makes.
+    shown, computed = json.loads(path.read_text()), json.loads(run_notebook(path))
+    for before, after in zip(shown["cells"], computed["cells"], strict=True):
+        kinds = [[set(output.get("data", ())) for output in cell.get("outputs", ())] for cell in (before, after)]
+        assert kinds[0] == kinds[1], before["source"]
+    texts = [
+        ["".join(output["data"]["text/plain"]) for cell in each["cells"] for output in cell.get("outputs", ())]
+        for each in (shown, computed)
+    ]
+    assert len(texts[0]) == 6
+    # Not the first, which says how long it took, nor the picture's size.
+    assert texts[0][2:] == texts[1][2:]
+    assert texts[0][0].splitlines()[1:] == texts[1][0].splitlines()[1:]
+
+
+EXECUTE = """
+import sys
+import nbformat
+from nbclient import NotebookClient
+notebook = nbformat.read(sys.argv[1], as_version=4)
+NotebookClient(notebook, timeout=100, kernel_name="python3").execute()
+sys.stdout.write(nbformat.writes(notebook))
+"""
+
+
+def run_notebook(path: Path) -> str:
+    command = [sys.executable, "-c", EXECUTE, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_picture_is_drawn_anew(tmp_path: Path) -> None:
+    run("examples/report_picture.py", str(tmp_path / "report.png"))
+    drawn, shown = (Image.open(path) for path in (tmp_path / "report.png", ROOT / "docs/pictures/report.png"))
+    assert drawn.size == shown.size
+    assert (tmp_path / "report.png").stat().st_size < 150_000
+    # Numbers in the last digits may differ with the machine that trains; all else is the same.
+    both = [np.asarray(picture.convert("L"), np.float64) for picture in (drawn, shown)]
+    assert np.mean(np.abs(both[0] - both[1]) > 40) < 0.06
 
 
 def test_the_demo_agrees_with_torch_and_stops_its_server() -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry, start_http_server
 
 import lossgrad
 from deploy import generate
+from lossgrad.metrics import ClientMetrics
 from tests.prometheus import RULES, Prometheus, expressions, fetch
 from tests.server.serving import HeldWorker, RunningServer
 
@@ -38,33 +40,43 @@ def eventually(condition: Callable[[], bool]) -> bool:
     return True
 
 
-def call_in_every_way(address: str, until: threading.Event) -> None:
+def call_in_every_way(address: str, registry: CollectorRegistry, until: threading.Event) -> None:
     """Send requests of every kind, good and bad, until told to stop."""
-    with lossgrad.LossClient(address, retries=0) as client:
+    with lossgrad.LossClient(address, retries=0, metrics=registry) as client:
+        stream = ClientMetrics.of(registry).method("stream")
         while not until.wait(0.05):
             client.smooth_l1([1.0, 2.0], [0.0, math.nan], gradient=True)
             list(client.stream([([1.0], [0.0])] * 3, lossgrad.Huber()))
             with pytest.raises(lossgrad.InvalidRequest):
                 client.mse([1.0, 2.0], [0.0])
             client.info()
+            # Trouble, which this server does not make by itself.
+            stream.retried(lossgrad.Overloaded("full", reason="QUEUE_FULL"))
+            stream.reconnected(lossgrad.Unavailable("broken"))
 
 
 @pytest.fixture(scope="module")
 def under_load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """Give a Prometheus that has scraped a server under load for some seconds."""
+    """Give a Prometheus that has scraped a server under load, and its client, for some seconds."""
     done = threading.Event()
+    registry = CollectorRegistry()
+    exporter, exporting = start_http_server(0, addr="127.0.0.1", registry=registry)
     with RunningServer(metrics_port=0) as server:
-        load = threading.Thread(target=call_in_every_way, args=(server.address, done))
+        load = threading.Thread(target=call_in_every_way, args=(server.address, registry, done))
         load.start()
         try:
-            target = server.server.metrics_address.removeprefix("http://").partition("/")[0]
-            with Prometheus(tmp_path_factory.mktemp("prometheus"), [target]) as prometheus:
-                counted = 'count_over_time(lossgrad_ready{job="lossgrad"}[1m])'
-                assert eventually(lambda: any(float(one["value"][1]) >= 6 for one in prometheus.query(counted)))
+            targets = [server.server.metrics_address.removeprefix("http://").partition("/")[0]]
+            targets.append(f"127.0.0.1:{exporter.server_port}")
+            with Prometheus(tmp_path_factory.mktemp("prometheus"), targets) as prometheus:
+                scraped = "sum by (instance) (count_over_time(up[1m])) >= 6"
+                assert eventually(lambda: len(prometheus.query(scraped)) == len(targets))
                 yield prometheus
         finally:
             done.set()
             load.join()
+            exporter.shutdown()
+            exporter.server_close()
+            exporting.join()
 
 
 @pytest.mark.parametrize("path", sorted(generate.DASHBOARDS.glob("*.json")), ids=lambda path: path.stem)
@@ -91,11 +103,13 @@ def test_every_rule_is_evaluated_without_an_error_and_nothing_fires(under_load: 
 
 def test_the_metrics_are_in_the_form_that_prometheus_recommends(under_load: Prometheus) -> None:
     """The newest sample of every series of the server is there, so that the scrape was read whole."""
-    (target,) = under_load.get("targets", state="active")["activeTargets"]
-    assert target["health"] == "up", target["lastError"]
-    ours = {line.split("{")[0].split(" ")[0] for line in fetch(target["scrapeUrl"]).splitlines() if line[:1] not in "#"}
+    targets = under_load.get("targets", state="active")["activeTargets"]
+    assert len(targets) == 2  # the server and its client
     stored = set(under_load.get("label/__name__/values"))
-    assert ours <= stored
+    for target in targets:
+        assert target["health"] == "up", target["lastError"]
+        lines = fetch(target["scrapeUrl"]).splitlines()
+        assert {line.split("{")[0].split(" ")[0] for line in lines if line[:1] not in "#"} <= stored
 
 
 def impatient(rules: Path, folder: Path) -> list[Path]:

@@ -38,7 +38,7 @@ NUMBERS = """
     ComputeStats: queue_ns=1 pack_ns=2 compute_ns=3 unpack_ns=4 batch_request_count=5 batch_element_count=6 device=7
     StreamComputeLossRequest: requests=1
     StreamComputeLossResponse: responses=1
-    TaggedRequest: tag=1 timeout_ns=2 request=3
+    TaggedRequest: tag=1 timeout_ns=2 request=3 traceparent=4 tracestate=5
     TaggedResponse: tag=1 response=2 error=3
     AccumulateLossRequest: config=1 slice=2
     AccumulateLossResponse: slice=1 snapshot=2 total=3 padding=15

@@ -23,6 +23,7 @@ from lossgrad.embedded import embedded
 
 if TYPE_CHECKING:
     from lossgrad import nn as nn
+    from lossgrad import torchmetrics as torchmetrics
     from lossgrad.accumulation import Accumulation
     from lossgrad.aio import AsyncLossClient
     from lossgrad.checkpoint import Checkpoint
@@ -122,7 +123,9 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         value = _version()
     elif name == "nn":
-        return _drop_in_modules()
+        return _module("nn", "torch", "lossgrad[torch]")
+    elif name == "torchmetrics":
+        return _module("torchmetrics", "torchmetrics", "torchmetrics")
     elif name in _MODULES:
         value = getattr(importlib.import_module(_MODULES[name]), name)
     else:
@@ -132,7 +135,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "nn"})
+    return sorted({*globals(), *__all__, "nn", "torchmetrics"})
 
 
 def _version() -> str:
@@ -144,12 +147,12 @@ def _version() -> str:
         return "0+unknown"
 
 
-def _drop_in_modules() -> Any:
+def _module(name: str, needed: str, distribution: str) -> Any:
     try:
-        return importlib.import_module("lossgrad.nn")
+        return importlib.import_module(f"lossgrad.{name}")
     except ModuleNotFoundError as error:
-        if error.name != "torch":
+        if error.name != needed:
             raise
         raise ModuleNotFoundError(
-            "lossgrad.nn needs torch, which is not installed: pip install 'lossgrad[torch]'", name="torch"
+            f"lossgrad.{name} needs {needed}, which is not installed: pip install '{distribution}'", name=needed
         ) from error

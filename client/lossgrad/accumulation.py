@@ -113,6 +113,26 @@ class Accumulation:
             raise ValueError("its losses are not those of its state")
         return cls(losses, state)
 
+    def to_bytes(self) -> bytes:
+        """Return its totals as bytes, which are equal where the totals are. How the losses are reduced is not in them."""
+        return self._state.to_bytes()
+
+    @classmethod
+    def from_bytes(cls, losses: Sequence[Loss], data: bytes) -> Self:
+        """Return what `to_bytes` gave. Raises InvalidRequest where it is damaged, or of other losses."""
+        try:
+            state = api.Accumulation.from_bytes(data)
+        except StateError as error:
+            raise InvalidRequest(f"the state cannot be read: {error}", reason="BAD_STATE", field="state") from error
+        if state.losses != tuple(map(function_of, losses)):
+            raise InvalidRequest(
+                f"the state is of {', '.join(map(str, state.losses))}, not of {list(losses)}; give the same losses in the "
+                "same order",
+                reason="BAD_STATE",
+                field="losses",
+            )
+        return cls(losses, state)
+
     def __len__(self) -> int:
         return len(self._state.groups)
 

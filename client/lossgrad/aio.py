@@ -22,9 +22,9 @@ import grpc
 import grpc.aio
 import numpy as np
 
+from lossgrad import tracing
 from lossgrad.calls import (
     ASK_SECONDS,
-    HEALTH_CHECK,
     HEALTH_REQUEST,
     JOINED_BYTES,
     Answer,
@@ -37,10 +37,10 @@ from lossgrad.calls import (
     prepare,
     read_info,
     require_serving,
-    stream_ended,
+    watched,
 )
-from lossgrad.channel import ChannelSettings, connect_aio
-from lossgrad.coalescer import Coalescer
+from lossgrad.channel import ChannelSettings
+from lossgrad.coalescer import AioConnection, Coalescer
 from lossgrad.errors import Cancelled, LossgradError, RequestTooLarge, from_rpc_error
 from lossgrad.evaluating import AsyncEvaluateMethods
 from lossgrad.feed import ComputeOptions, OnError, PairFeed, StreamOptions
@@ -51,11 +51,11 @@ from lossgrad.results import LossResult, ServerInfo
 from lossgrad.sweep import AsyncSweepMethods
 from lossgrad.task_stream import TaskStream, puller
 from lossgrad.tensor_buffer import filled, gradient_outs
-from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
-from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
+from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES
 from lossgrad_api.raw_bytes import join_without_gil
 
 if TYPE_CHECKING:
+    from lossgrad.metrics import CollectorRegistry
     from lossgrad.shared_memory import SharedMemory
 
 
@@ -83,6 +83,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
         coalesce: bool | None = None,
         shared_memory: bool | None = None,
         bulk: bool | None = None,
+        metrics: CollectorRegistry | None = None,
     ) -> None:
         settings = ChannelSettings.resolve(
             target,
@@ -97,6 +98,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
             coalesce=coalesce,
             shared_memory=shared_memory,
             bulk=bulk,
+            metrics=metrics,
         )
         self._set_up(settings)
 
@@ -104,9 +106,10 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
         self._settings = settings
         self._memory = new_shared_memory() if settings.shared_memory else None
         self._metadata = self._settings.metadata
+        self._metrics = settings.metrics_of("compute")
         self._limit_bytes = settings.max_message_bytes
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._connection: _Connection | None = None
+        self._connection: AioConnection | None = None
         self._is_closed = False
 
     async def __aenter__(self) -> Self:
@@ -145,11 +148,17 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
         gradient_out: Any = None,
     ) -> Answer:
         """Compute one loss, or several over the same tensors in one pass, as LossClient.compute. Raises LossgradError."""
-        specs, is_single = as_losses(losses)
-        outs = gradient_outs(gradient_out, specs, is_single=is_single)
         options = TensorOptions(
             weight=weight, mask=mask, allow_broadcast=allow_broadcast, idempotency_key=idempotency_key
         )
+        with watched(self._metrics):
+            return await self._compute(input, target, losses, options, timeout, gradient_out)
+
+    async def _compute(
+        self, input: Any, target: Any, losses: Losses, options: TensorOptions, timeout: float | None, gradient_out: Any
+    ) -> Answer:
+        specs, is_single = as_losses(losses)
+        outs = gradient_outs(gradient_out, specs, is_single=is_single)
         if self._memory is not None:
             await self._ask_for_memory(self._memory)
             shared = self._memory.prepare(input, target, specs, is_single=is_single, **options)
@@ -161,7 +170,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
                         raise
         limit = self._limit_bytes
         refusal: RequestTooLarge | None = None
-        if not is_too_large(input, target, specs, limit, weight=weight, mask=mask):
+        if not is_too_large(input, target, specs, limit, weight=options["weight"], mask=options["mask"]):
             try:
                 request = prepare(input, target, specs, is_single=is_single, max_message_bytes=limit, **options)
                 return filled(await self._compute_request(request, timeout), outs)
@@ -210,8 +219,11 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
     def _compute_one(
         self, input: Any, target: Any, loss: Loss, options: dict[str, Any]
     ) -> Coroutine[Any, Any, LossResult]:
-        coalescer = None if self._connection is None or self._memory is not None else self._connection.coalescer
+        is_plain = self._connection is not None and self._memory is None and not tracing.is_on()
+        coalescer = self._connection.coalescer if self._connection is not None and is_plain else None
         call: Any = None if coalescer is None else coalescer.begin(input, target, loss, **options)
+        if call is not None and self._metrics is not None:
+            self._metrics.follow(call)
         return self.compute(input, target, loss, **options) if call is None else call
 
     @overload
@@ -309,12 +321,12 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
         if self._memory is not None:
             self._memory.close()
 
-    def _connected(self) -> _Connection:
+    def _connected(self) -> AioConnection:
         self._check_loop()
         if self._is_closed:
             raise RuntimeError("this client is closed; make a new one")
         if self._connection is None:
-            self._connection = _Connection(connect_aio(self._settings))
+            self._connection = AioConnection(self._settings)
             if self._settings.coalesce:
                 self._connection.coalescer = Coalescer(self._settings, self._open_stream)
         return self._connection
@@ -332,7 +344,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
     async def _call(self, method: Any, message: bytes, timeout: float | None) -> bytes:
         seconds = deadline_seconds(timeout, self._settings.timeout)
         try:
-            answer: bytes = await method(message, timeout=seconds, metadata=self._metadata)
+            answer: bytes = await method(message, timeout=seconds, metadata=tracing.traced(self._metadata))
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._settings.target) from error
         except asyncio.CancelledError as error:
@@ -346,7 +358,7 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
     async def _run_stream(self, pairs: Iterable[Any] | AsyncIterable[Any], feed: PairFeed) -> AsyncIterator[Any]:
         """Drive the window: fill it, give back what is ready, and wait only when neither can be done."""
         window = feed.window
-        stream = TaskStream(self._open_stream)
+        stream = TaskStream(self._open_stream, feed.metrics)
         if self._memory is not None:
             await self._ask_for_memory(self._memory)
         pull = puller(pairs)
@@ -364,37 +376,27 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
                     if messages := [*feed.add(pair), *window.flush_if_slow(pull_seconds)]:
                         await stream.send(messages)
                     if stream.has_received:
-                        await self._take_received(stream, window, block=False)
+                        await self._take_received(stream, feed, block=False)
                 await stream.send(window.flush())
                 for outcome in feed.take_ready():
                     yield outcome
                 if window.is_empty and not has_more:
                     return
                 if not (has_more and window.has_room):
-                    await self._take_received(stream, window, block=True)
+                    await self._take_received(stream, feed, block=True)
                     await stream.send(window.take_due())
         finally:
             await stream.close()
 
-    async def _take_received(self, stream: TaskStream, window: StreamWindow, *, block: bool) -> None:
+    async def _take_received(self, stream: TaskStream, feed: PairFeed, *, block: bool) -> None:
         """Hand the window what has come; reopen the stream where it broke."""
-        for received in await stream.received(window.seconds_to_wait() if block else 0.0):
-            delay = 0.0
-            if isinstance(received, bytes):
-                window.receive(received)
-                if not window.must_reopen:
-                    continue
-                window.must_reopen = False
-            else:
-                error = stream_ended(received, self._settings.target)
-                seconds = None if self._is_closed else window.break_stream(error)
-                if seconds is None:
-                    raise error from received
-                delay = seconds
-            await stream.close()
-            await asyncio.sleep(delay)
-            await stream.send(window.resend())
-            return
+        for received in await stream.received(feed.window.seconds_to_wait() if block else 0.0):
+            delay = feed.take(received, is_closed=self._is_closed)
+            if delay is not None:
+                await stream.close()
+                await asyncio.sleep(delay)
+                await stream.send(feed.window.resend())
+                return
 
     def _at(self, target: str) -> AsyncLossClient:
         client = AsyncLossClient.__new__(AsyncLossClient)
@@ -403,16 +405,4 @@ class AsyncLossClient(LossMethods[Coroutine[Any, Any, LossResult]], AsyncEvaluat
 
     def _open_stream(self, *, bulk: bool = False) -> Any:
         metadata = self._settings.metadata_for(bulk=True) if bulk else self._metadata
-        return self._connected().stream(timeout=None, metadata=metadata)
-
-
-class _Connection:
-    """A channel, its four methods on bytes, and what shares its streams."""
-
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self.channel = channel
-        self.compute: Any = channel.unary_unary(COMPUTE_LOSS)
-        self.info: Any = channel.unary_unary(GET_SERVER_INFO)
-        self.health: Any = channel.unary_unary(HEALTH_CHECK)
-        self.stream: Any = channel.stream_stream(STREAM_COMPUTE_LOSS)
-        self.coalescer: Coalescer | None = None
+        return self._connected().stream(timeout=None, metadata=tracing.traced(metadata))

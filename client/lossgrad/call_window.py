@@ -9,12 +9,16 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from lossgrad import tracing
 from lossgrad.calls import Answer, Request
 from lossgrad.errors import LossgradError
 from lossgrad.exchange import FULL_MESSAGE_BYTES, MAX_REQUESTS_PER_MESSAGE, Exchange, Item, Room, too_late
 from lossgrad.throttle import RetryThrottle
+
+if TYPE_CHECKING:
+    from lossgrad.metrics import MethodMetrics
 
 # A quarter of what the server takes from one stream before it stops reading, and of a size at which reading the answers
 # that come in one message holds up the event loop for about 2 ms.
@@ -38,6 +42,7 @@ class CallWindow:
         deliver: Callable[[Any, Answer | Exception], None],
         max_requests: int = MAX_REQUESTS,
         max_bytes: int = MAX_BYTES,
+        metrics: MethodMetrics | None = None,
         throttle: RetryThrottle | None = None,
     ) -> None:
         message_bytes = min(FULL_MESSAGE_BYTES, max_message_bytes)
@@ -47,14 +52,22 @@ class CallWindow:
             bytes_per_message=message_bytes,
             retries=retries,
             finish=self._finish,
+            metrics=metrics,
             throttle=throttle,
         )
+        if metrics is not None:
+            metrics.watch(self)
         self._clock = clock
         self._deliver = deliver
         self._next_tag = 1
         self._waiting: OrderedDict[int, Item] = OrderedDict()
         self._first_deadline = math.inf  # of those waiting; may be early
         self._again: list[Item] = []  # have their room already
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """No requests, because each is a call that is counted by itself, and the bytes of those under way."""
+        return 0, self._room.bytes
 
     @property
     def has_to_send(self) -> bool:
@@ -77,6 +90,8 @@ class CallWindow:
         now = self._clock()
         deadline = None if timeout is None else now + timeout
         call = Item(self._next_tag, request, now, timeout, deadline, caller)
+        if tracing.is_on():
+            call.trace = tracing.current_fields()
         self._next_tag += 1
         self._waiting[call.tag] = call
         if deadline is not None and deadline < self._first_deadline:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from lossgrad import tracing
 from lossgrad.errors import InvalidRequest, LossgradError, RequestTooLarge, ServerError, Unavailable, from_rpc_error
 from lossgrad.losses import Loss
 from lossgrad.results import LossResult, ServerInfo, ServerLimits, Timing, new_loss_result, new_timing
@@ -43,6 +45,7 @@ from lossgrad_api.v1 import loss_service_pb2 as pb
 
 if TYPE_CHECKING:
     from lossgrad.channel import Channel
+    from lossgrad.metrics import ClientMetrics, MethodMetrics
     from lossgrad.shared_memory import SharedMemory
 
 HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
@@ -181,6 +184,22 @@ class TensorOptions(TypedDict):
     mask: Any
     allow_broadcast: bool
     idempotency_key: str
+
+
+_UNWATCHED: Final = nullcontext()
+
+
+def watched(metrics: MethodMetrics | None) -> AbstractContextManager[None]:
+    """Return what counts and traces the call that runs inside; where nothing does, it costs next to nothing."""
+    if not tracing.is_on():
+        return _UNWATCHED if metrics is None else metrics.call()
+    return _counted_and_traced(metrics)
+
+
+@contextmanager
+def _counted_and_traced(metrics: MethodMetrics | None) -> Iterator[None]:
+    with _UNWATCHED if metrics is None else metrics.call(), tracing.call_span("lossgrad.compute"):
+        yield
 
 
 def new_shared_memory(ask: Callable[[], bytes] | None = None) -> SharedMemory:
@@ -384,7 +403,11 @@ def stream_ended(ending: Exception | None, target: str) -> LossgradError:
 class Connection:
     """A channel, and its four methods on bytes."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, metrics: ClientMetrics | None = None) -> None:
+        if metrics is not None:
+            from lossgrad.metered import MeteredChannel
+
+            channel = MeteredChannel(channel, metrics)
         self.channel = channel
         self.compute = channel.unary_unary(COMPUTE_LOSS)
         self.info = channel.unary_unary(GET_SERVER_INFO)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import grpc
 import grpc.aio
@@ -17,6 +17,9 @@ import grpc.aio
 from lossgrad.throttle import MAX_TOKENS, TOKEN_RATIO
 from lossgrad_api.allocator import keep_large_blocks
 from lossgrad_api.codec import SERVICE
+
+if TYPE_CHECKING:
+    from lossgrad.metrics import ClientMetrics, CollectorRegistry, MethodMetrics
 
 DEFAULT_TARGET: Final = "localhost:50051"
 DEFAULT_TIMEOUT_SECONDS: Final = 30.0
@@ -48,6 +51,7 @@ class ChannelSettings:
     )
     coalesce: bool = True  # whether an AsyncLossClient's concurrent small calls share a stream
     shared_memory: bool = False  # whether tensors stay in shared memory where the server is on this machine
+    metrics: ClientMetrics | None = field(default=None, repr=False)  # what counts, where the caller wants that
 
     def __post_init__(self) -> None:
         if not self.timeout > 0:
@@ -82,6 +86,7 @@ class ChannelSettings:
         coalesce: bool | None = None,
         shared_memory: bool | None = None,
         bulk: bool | None = None,
+        metrics: CollectorRegistry | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> ChannelSettings:
         """Return the settings: each argument, or else its LOSSGRAD_ variable, or else the default.
@@ -121,7 +126,19 @@ class ChannelSettings:
             coalesce=setting("COALESCE", coalesce, _boolean, True),
             shared_memory=setting("SHARED_MEMORY", shared_memory, _boolean, False),
             bulk=setting("BULK", bulk, _boolean, False),
+            metrics=None if metrics is None else _metrics_of(metrics),
         )
+
+    @classmethod
+    def of_given_channel(cls, target: str, **settings: Any) -> ChannelSettings:
+        """Return the settings of a client over a channel of the caller's own, which has its own target and security."""
+        calls = ("LOSSGRAD_TIMEOUT", "LOSSGRAD_RETRIES", "LOSSGRAD_MAX_MESSAGE_BYTES")
+        environment = {name: os.environ[name] for name in calls if name in os.environ}
+        return cls.resolve(target, environment=environment, **settings)
+
+    def metrics_of(self, method: str) -> MethodMetrics | None:
+        """Return what counts the requests of a method; None where nothing does."""
+        return None if self.metrics is None else self.metrics.method(method)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -262,6 +279,12 @@ def _pem(value: str | Path | bytes | None, name: str) -> bytes | None:
         return Path(value).read_bytes()
     except OSError as error:
         raise ValueError(f"{name} {str(value)!r} cannot be read: {error.strerror or error}") from error
+
+
+def _metrics_of(registry: CollectorRegistry) -> ClientMetrics:
+    from lossgrad.metrics import ClientMetrics
+
+    return ClientMetrics.of(registry)
 
 
 def _boolean(text: str) -> bool:

@@ -14,12 +14,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, overload
 
 import grpc
 import numpy as np
 
-from lossgrad import forking
+from lossgrad import forking, tracing
 from lossgrad.calls import (
     ASK_SECONDS,
     HEALTH_REQUEST,
@@ -35,7 +35,7 @@ from lossgrad.calls import (
     prepare,
     read_info,
     require_serving,
-    stream_ended,
+    watched,
 )
 from lossgrad.channel import Channel, ChannelSettings, connect
 from lossgrad.errors import LossgradError, RequestTooLarge, from_rpc_error
@@ -48,7 +48,10 @@ from lossgrad.results import LossResult, ServerInfo
 from lossgrad.sweep import SweepMethods
 from lossgrad.tensor_buffer import filled, gradient_outs
 from lossgrad.thread_stream import ThreadStream, inherited
-from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES, StreamWindow
+from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES
+
+if TYPE_CHECKING:
+    from lossgrad.metrics import CollectorRegistry
 
 
 class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
@@ -64,6 +67,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
 
     `shared_memory=True` leaves large tensors in memory shared with a server on this machine that allows it; otherwise they
     travel as ever. Arrays of results then lie there, so keep no more of them than you need.
+    `metrics` is a prometheus_client.CollectorRegistry for the series lossgrad_client_* and grpc_client_*.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         max_message_bytes: int | None = None,
         shared_memory: bool | None = None,
         bulk: bool | None = None,
+        metrics: CollectorRegistry | None = None,
     ) -> None:
         settings = ChannelSettings.resolve(
             target,
@@ -93,6 +98,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
             max_message_bytes=max_message_bytes,
             shared_memory=shared_memory,
             bulk=bulk,
+            metrics=metrics,
         )
         self._set_up(settings, None)
 
@@ -105,19 +111,15 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         timeout: float | None = None,
         retries: int | None = None,
         max_message_bytes: int | None = None,
+        metrics: CollectorRegistry | None = None,
     ) -> Self:
         """Return a client over a channel of the caller's own, with interceptors perhaps; `close` closes it too.
 
         `target` is what errors call the server. `retries` are those of streams; unary calls have the channel's.
         """
-        calls = ("LOSSGRAD_TIMEOUT", "LOSSGRAD_RETRIES", "LOSSGRAD_MAX_MESSAGE_BYTES")
         client = cls.__new__(cls)
-        settings = ChannelSettings.resolve(
-            target,
-            timeout=timeout,
-            retries=retries,
-            max_message_bytes=max_message_bytes,
-            environment={name: os.environ[name] for name in calls if name in os.environ},
+        settings = ChannelSettings.of_given_channel(
+            target, timeout=timeout, retries=retries, max_message_bytes=max_message_bytes, metrics=metrics
         )
         client._set_up(settings, channel)
         return client
@@ -125,6 +127,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
     def _set_up(self, settings: ChannelSettings, channel: Channel | None) -> None:
         self._settings = settings
         self._metadata = settings.metadata
+        self._metrics = settings.metrics_of("compute")
         self._limit_bytes = settings.max_message_bytes
         self._given = channel
         self._lock = threading.Lock()
@@ -180,11 +183,15 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         The options are those of the methods `smooth_l1`, `huber`, `l1` and `mse`; `gradient_out` for several losses is a
         list of arrays, None where there is no gradient. Raises LossgradError.
         """
+        more = TensorOptions(weight=weight, mask=mask, allow_broadcast=allow_broadcast, idempotency_key=idempotency_key)
+        with watched(self._metrics):
+            return self._compute(input, target, losses, more, timeout, gradient_out)
+
+    def _compute(
+        self, input: Any, target: Any, losses: Losses, options: TensorOptions, timeout: float | None, gradient_out: Any
+    ) -> Answer:
         specs, is_single = as_losses(losses)
         outs = gradient_outs(gradient_out, specs, is_single=is_single)
-        options = TensorOptions(
-            weight=weight, mask=mask, allow_broadcast=allow_broadcast, idempotency_key=idempotency_key
-        )
         if self._memory is not None:
             answer = self._memory.compute(
                 lambda shared: self._send(shared, timeout), input, target, specs, is_single=is_single, **options
@@ -193,7 +200,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
                 return filled(answer, outs)
         limit = self._limit_bytes
         refusal: RequestTooLarge | None = None
-        if not is_too_large(input, target, specs, limit, weight=weight, mask=mask):
+        if not is_too_large(input, target, specs, limit, weight=options["weight"], mask=options["mask"]):
             try:
                 request = prepare(input, target, specs, is_single=is_single, max_message_bytes=limit, **options)
                 return filled(self._send(request, timeout), outs)
@@ -226,7 +233,8 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         request = known_request(input, target, loss) if not options and self._memory is None else None
         if request is None or request.byte_count > self._limit_bytes:
             return self.compute(input, target, loss, **options)
-        return self._send(request, None)  # type: ignore[return-value] # that of one loss
+        with watched(self._metrics):
+            return self._send(request, None)  # type: ignore[return-value] # that of one loss
 
     @overload
     def stream(
@@ -336,13 +344,14 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
                     raise RuntimeError(
                         "this client's channel belongs to the parent process; make a client after the fork"
                     )
-                self._connection = Connection(connect(self._settings) if self._given is None else self._given)
+                channel = connect(self._settings) if self._given is None else self._given
+                self._connection = Connection(channel, self._settings.metrics)
             return self._connection
 
     def _call(self, method: Any, message: bytes, timeout: float | None) -> bytes:
         seconds = deadline_seconds(timeout, self._settings.timeout)
         try:
-            answer: bytes = method(message, timeout=seconds, metadata=self._metadata)
+            answer: bytes = method(message, timeout=seconds, metadata=tracing.traced(self._metadata))
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._settings.target) from error
         return answer
@@ -353,7 +362,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
     def _run_stream(self, pairs: Iterator[Any], feed: PairFeed) -> Iterator[Any]:
         """Drive the window: fill it, give back what is ready, and wait only when neither can be done."""
         window = feed.window
-        stream = ThreadStream(self._open_stream)
+        stream = ThreadStream(self._open_stream, feed.metrics)
         if self._memory is not None:
             self._memory.find_out()
         has_more = True
@@ -370,36 +379,26 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
                     stream.send(feed.add(pair))
                     stream.send(window.flush_if_slow(pull_seconds))
                     if stream.has_received:
-                        self._take_received(stream, window, block=False)
+                        self._take_received(stream, feed, block=False)
                 stream.send(window.flush())
                 yield from feed.take_ready()
                 if window.is_empty and not has_more:
                     return
                 if not (has_more and window.has_room):
-                    self._take_received(stream, window, block=True)
+                    self._take_received(stream, feed, block=True)
                     stream.send(window.take_due())
         finally:
             stream.close()
 
-    def _take_received(self, stream: ThreadStream, window: StreamWindow, *, block: bool) -> None:
+    def _take_received(self, stream: ThreadStream, feed: PairFeed, *, block: bool) -> None:
         """Hand the window what has come; reopen the stream where it broke."""
-        for received in stream.received(window.seconds_to_wait() if block else 0.0):
-            delay = 0.0
-            if isinstance(received, bytes):
-                window.receive(received)
-                if not window.must_reopen:
-                    continue
-                window.must_reopen = False
-            else:
-                error = stream_ended(received, self._settings.target)
-                seconds = None if self._is_closed else window.break_stream(error)
-                if seconds is None:
-                    raise error from received
-                delay = seconds
-            stream.close()
-            time.sleep(delay)
-            stream.send(window.resend())
-            return
+        for received in stream.received(feed.window.seconds_to_wait() if block else 0.0):
+            delay = feed.take(received, is_closed=self._is_closed)
+            if delay is not None:
+                stream.close()
+                time.sleep(delay)
+                stream.send(feed.window.resend())
+                return
 
     def _at(self, target: str) -> LossClient:
         client = LossClient.__new__(LossClient)
@@ -417,4 +416,4 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
 
     def _open_stream(self, messages: Iterator[bytes], *, bulk: bool = False) -> Any:
         metadata = self._settings.metadata_for(bulk=True) if bulk else self._metadata
-        return self._connected().stream(messages, timeout=None, metadata=metadata)
+        return self._connected().stream(messages, timeout=None, metadata=tracing.traced(metadata))

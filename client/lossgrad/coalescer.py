@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Generator
+from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -19,6 +20,7 @@ import grpc
 
 from lossgrad.call_window import CallWindow
 from lossgrad.calls import (
+    HEALTH_CHECK,
     JOINED_BYTES,
     UNCUT_BYTES,
     Answer,
@@ -28,12 +30,13 @@ from lossgrad.calls import (
     prepare,
     stream_ended,
 )
-from lossgrad.channel import ChannelSettings
+from lossgrad.channel import ChannelSettings, connect_aio
 from lossgrad.errors import Cancelled, LossgradError, ServerError
 from lossgrad.exchange import FRAME_BYTES, Item
 from lossgrad.losses import Loss
 from lossgrad.task_stream import finish_stream, read_stream, write_stream
 from lossgrad.throttle import throttle_of
+from lossgrad_api.codec import COMPUTE_LOSS, GET_SERVER_INFO, STREAM_COMPUTE_LOSS
 
 # Larger requests are calls of their own. Below this a shared stream takes less processor time on both sides than unary
 # calls, for a lone caller too: with tensors of 1 and 64 KiB 0.85 and 0.9 of the client's, 0.65 of the server's. Above,
@@ -66,12 +69,10 @@ class SharedCall(asyncio.Future[Answer]):
     which take coroutines only, find `send`, `throw` and `close`.
     """
 
+    # Set by the coalescer, and no parameters of a constructor: one written in Python takes as long as all the rest of it.
+    coalescer: Coalescer
     item: Item | None = None  # until it is answered
-
-    def __init__(self, coalescer: Coalescer, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop=loop)
-        self._coalescer = coalescer
-        self._steps: Generator[Any, None, Answer] | None = None
+    _steps: Generator[Any, None, Answer] | None = None
 
     def cancel(self, msg: Any | None = None) -> bool:
         """Give the call up, unless it is answered."""
@@ -79,7 +80,7 @@ class SharedCall(asyncio.Future[Answer]):
             return False
         item, self.item = self.item, None
         if item is not None:
-            self._coalescer.forget(item)
+            self.coalescer.forget(item)
         return True
 
     def send(self, value: None) -> Any:
@@ -114,6 +115,7 @@ class Coalescer:
             retries=settings.retries,
             clock=self._loop.time,
             deliver=_deliver,
+            metrics=settings.metrics_of("compute"),
             throttle=throttle_of(settings.target),
         )
         self._limit_bytes = min(COALESCED_BYTES, settings.max_message_bytes - FRAME_BYTES)
@@ -175,7 +177,8 @@ class Coalescer:
 
     def compute(self, request: Request, timeout_seconds: float | None) -> SharedCall:
         """Begin to compute a request. Without a timeout it may take for ever."""
-        call = SharedCall(self, self._loop)
+        call = SharedCall(loop=self._loop)
+        call.coalescer = self
         call.item = self._window.add(request, timeout_seconds, call)
         # With a writer at work, all that is left to see to is that the timer rings in time.
         if self._writer is None or self._window.wake_at < self._timer_at:
@@ -256,7 +259,8 @@ class Coalescer:
     def _open(self) -> _Stream:
         self._opened += 1
         now = self._loop.time()
-        stream = _Stream(self._opened, self._open_stream(), now, now)
+        # In no caller's context: each request says which trace it belongs to.
+        stream = _Stream(self._opened, Context().run(self._open_stream), now, now)
         stream.reader = self._loop.create_task(read_stream(stream.call, partial(self._receive, stream)))
         self._streams[stream.number] = stream
         self._ring_by(now + MAX_IDLE_SECONDS)
@@ -299,6 +303,23 @@ class Coalescer:
     def _fail_all(self, error: Exception) -> None:
         """Give a fault that nobody foresaw to those who wait, who would wait for ever."""
         self._window.fail_all(lambda: error)
+
+
+class AioConnection:
+    """A channel of the running event loop, its four methods on bytes, and what shares its streams."""
+
+    def __init__(self, settings: ChannelSettings) -> None:
+        channel: Any = connect_aio(settings)
+        if settings.metrics is not None:
+            from lossgrad.metered import MeteredAioChannel
+
+            channel = MeteredAioChannel(channel, settings.metrics)
+        self.channel = channel
+        self.compute: Any = channel.unary_unary(COMPUTE_LOSS)
+        self.info: Any = channel.unary_unary(GET_SERVER_INFO)
+        self.health: Any = channel.unary_unary(HEALTH_CHECK)
+        self.stream: Any = channel.stream_stream(STREAM_COMPUTE_LOSS)
+        self.coalescer: Coalescer | None = None
 
 
 def _deliver(call: SharedCall, outcome: Answer | Exception) -> None:

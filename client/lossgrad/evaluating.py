@@ -338,6 +338,7 @@ def window_for(
         silence_seconds=float("inf") if silence_seconds is None else silence_seconds,
         patience_seconds=DEFAULT_PATIENCE_SECONDS if patience is None else patience,
         clock=time.perf_counter,
+        metrics=clients[0]._settings.metrics_of("evaluate"),
     )
 
 

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
@@ -19,6 +19,9 @@ from lossgrad.calls import JOINED_BYTES, Answer, Request
 from lossgrad.errors import DeadlineExceeded, InvalidRequest, LossgradError, ServerError, from_status
 from lossgrad.throttle import RetryThrottle
 from lossgrad_api.codec import Buffer, CodecError, ResponseView, decode_stream_response, encode_stream_request
+
+if TYPE_CHECKING:
+    from lossgrad.metrics import MethodMetrics
 
 # The server takes at least this many (ServerLimits.max_stream_requests); more per message gains little.
 MAX_REQUESTS_PER_MESSAGE: Final = 64
@@ -47,6 +50,7 @@ class Item:
     due_at: float = 0.0
     message: bytes | None = None  # of its own, if it is a large one and was packed
     is_forgotten: bool = False  # nobody waits for its answer any more
+    trace: bytes = b""  # the fields of the trace that it belongs to
 
 
 class Room:
@@ -101,6 +105,7 @@ class Exchange:
         bytes_per_message: int,
         retries: int,
         finish: Callable[[Item, Answer | LossgradError], None],
+        metrics: MethodMetrics | None = None,
         throttle: RetryThrottle | None = None,
     ) -> None:
         self.requests_per_message = requests_per_message
@@ -109,6 +114,7 @@ class Exchange:
         self._alone_bytes = min(JOINED_BYTES, bytes_per_message)
         self._retries = retries
         self._finish = finish
+        self._metrics = metrics
         self.throttle = throttle or RetryThrottle()
         self._sent: dict[int, Item] = {}
         self._put_off: dict[int, Item] = {}
@@ -132,11 +138,14 @@ class Exchange:
         messages: list[bytes] = []
         packed: list[tuple[int, int, list[Buffer]]] = []
         packed_bytes = 0
+        traces: dict[int, bytes] = {}
         sent, alone_bytes = self._sent, self._alone_bytes
         for item in items:
             request = item.request
             deadline = item.deadline
             sent[item.tag] = item
+            if item.trace:
+                traces[item.tag] = item.trace
             item.stream = stream
             if deadline is None:
                 timeout_ns = 0
@@ -146,19 +155,19 @@ class Exchange:
                 self.wake_at = min(self.wake_at, deadline)
             if request.byte_count >= alone_bytes:
                 if item.message is None:
-                    item.message = encode_stream_request([(item.tag, timeout_ns, request.parts)])
+                    item.message = encode_stream_request([(item.tag, timeout_ns, request.parts)], traces)
                     request.parts.clear()  # the caller's arrays are not needed, nor to be read, from here on
                 messages.append(item.message)
                 continue
             if packed and (
                 len(packed) >= self.requests_per_message or packed_bytes + request.byte_count > self.bytes_per_message
             ):
-                messages.append(encode_stream_request(packed))
+                messages.append(encode_stream_request(packed, traces))
                 packed, packed_bytes = [], 0
             packed.append((item.tag, timeout_ns, request.parts))
             packed_bytes += request.byte_count + FRAME_BYTES
         if packed:
-            messages.append(encode_stream_request(packed))
+            messages.append(encode_stream_request(packed, traces))
         return messages
 
     def receive(self, message: bytes, now: float) -> None:
@@ -197,6 +206,8 @@ class Exchange:
             item.request, item.message, item.due_at = other, None, now
             self._put_off[item.tag] = item
             self.wake_at = min(self.wake_at, now)
+            if self._metrics is not None:
+                self._metrics.retried(error)
             return
         if error.reason == "DRAINING":
             self.draining.add(item.stream)
@@ -211,6 +222,8 @@ class Exchange:
             return
         self._put_off[item.tag] = item
         self.wake_at = min(self.wake_at, item.due_at)
+        if self._metrics is not None:
+            self._metrics.retried(error)
 
     def take_due(self, now: float) -> list[Item]:
         """Return the items to send again now; give up what is past its deadline."""
@@ -246,6 +259,8 @@ class Exchange:
         jitter = _jitter()  # one for all, which then travel together again
         lost = self.take_sent(stream)
         may_retry = not lost or error.code not in TRANSIENT or self.throttle.failed()
+        if self._metrics is not None and not all(item.is_forgotten for item in lost):
+            self._metrics.reconnected(error)
         for item in lost:
             own = copy.copy(error)  # one for each caller: an exception that is raised carries where
             own.__cause__ = error.__cause__

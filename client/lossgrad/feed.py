@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from lossgrad.calls import Answer, Losses, Request, as_losses, deadline_seconds, prepare, split_pair
+from lossgrad.calls import Answer, Losses, Request, as_losses, deadline_seconds, prepare, split_pair, stream_ended
 from lossgrad.channel import ChannelSettings
 from lossgrad.errors import LossgradError
 from lossgrad.exchange import FRAME_BYTES
@@ -57,6 +57,8 @@ class PairFeed:
     ) -> None:
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error is {on_error!r}; it must be 'raise' or 'return'")
+        self.metrics = settings.metrics_of("stream")
+        self._target = settings.target
         self._specs: Sequence[Loss]
         self._specs, self._is_single = as_losses(losses)
         self._is_raising = on_error == "raise"
@@ -70,6 +72,7 @@ class PairFeed:
             timeout=deadline_seconds(timeout, settings.timeout),
             retries=settings.retries,
             clock=time.perf_counter,
+            metrics=self.metrics,
             throttle=throttle_of(settings.target),
         )
 
@@ -88,6 +91,22 @@ class PairFeed:
             self.window.add_failed(error)
             return []
         return self.window.add(request)
+
+    def take(self, received: bytes | Exception | None, *, is_closed: bool) -> float | None:
+        """Hand the window what came on the stream: a message, or what the stream ended with, None where its server did.
+
+        Returns None where all goes on, or else after how many seconds to open another stream and resend. Raises what the
+        stream ended with where it is not to be opened again: `is_closed` says that the client is closed.
+        """
+        window = self.window
+        if isinstance(received, bytes):
+            window.receive(received)
+            return 0.0 if window.must_reopen else None
+        error = stream_ended(received, self._target)
+        seconds = None if is_closed else window.break_stream(error)
+        if seconds is None:
+            raise error from received
+        return seconds
 
     def take_ready(self) -> Iterator[Answer | LossgradError]:
         """Give the results that are ready, in order; raise the first error unless errors are to be given back."""

@@ -352,6 +352,8 @@ def _window(settings: ChannelSettings, limit: int, timeout: float | None) -> Sli
         silence_seconds=math.inf if silence_seconds is None else silence_seconds,
         patience_seconds=_PATIENCE_SECONDS * settings.retries,
         clock=time.perf_counter,
+        metrics=settings.metrics_of("compute"),
+        are_requests=False,
     )
 
 

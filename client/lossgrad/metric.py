@@ -14,7 +14,7 @@ from lossgrad.client import LossClient
 from lossgrad.errors import LossgradError
 from lossgrad.evaluating import DEFAULT_IN_FLIGHT_BYTES
 from lossgrad.evaluation import Evaluation, EvaluationOptions
-from lossgrad.losses import SmoothL1
+from lossgrad.losses import Loss, SmoothL1
 from lossgrad.report import BatchResult, EvaluationReport, LossSummary
 from lossgrad.thread_lanes import ThreadLanes
 
@@ -26,7 +26,8 @@ class LossMetric:
 
     `update` sends and does not wait; `compute` waits for what is under way. What a batch fails with is raised by the next
     call, and the batch is left out. Without a `client` it makes its own from the LOSSGRAD_ variables. It is used by one
-    thread at a time; it can be pickled and copied, and then holds the state without a connection.
+    thread at a time. A copy has the state, and the client that was given; what is unpickled has the state alone.
+    `lossgrad.torchmetrics.LossMetric` is one that is a torchmetrics.Metric, too.
     """
 
     higher_is_better = False
@@ -38,6 +39,7 @@ class LossMetric:
     ) -> None:
         self._losses, self._is_single = as_losses(losses)
         self._client = client
+        self._owns_client = client is None
         self._allow_broadcast = allow_broadcast
         self._open: ExitStack | None = None
         self._lanes: ThreadLanes | None = None
@@ -122,6 +124,27 @@ class LossMetric:
     def __repr__(self) -> str:
         losses = repr(self._losses[0]) if self._is_single else repr(list(self._losses))
         return f"LossMetric({losses})"
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """What it computes."""
+        return tuple(self._losses)
+
+    def restore(self, states: Iterable[Accumulation]) -> None:
+        """Forget everything, and hold what these states hold together."""
+        self.reset()
+        self.merge_state(states)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        client = None if self._owns_client else self._client
+        losses = self._losses[0] if self._is_single else self._losses
+        copied = type(self)(losses, client=client, allow_broadcast=self._allow_broadcast)
+        copied._family = self._family
+        copied._merged = [self.accumulation()]
+        return copied
+
+    def __copy__(self) -> Self:
+        return self.__deepcopy__({})
 
     def __getstate__(self) -> dict[str, Any]:
         return {

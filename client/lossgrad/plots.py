@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,7 +43,15 @@ def draw_report(report: EvaluationReport) -> Figure:
             _draw_batches(axes.pop(0), report, position, total)
         if axes:  # nothing but totals
             _draw_total(axes[0], total)
+    # What a notebook shows. Without pyplot, which this does not need, nobody else tells it how.
+    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
     return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    return buffer.getvalue()
 
 
 def _draw_groups(axes: Axes, report: EvaluationReport, position: int, total: LossSummary) -> None:

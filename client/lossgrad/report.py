@@ -258,7 +258,8 @@ class EvaluationReport:
             for line in lines
         ]
         more = [f"and {left_out:,} more groups: report.groups, report.to_pandas()"] if left_out else []
-        return "\n".join([f"EvaluationReport: {self.headline()}", *shown, *more])
+        headline = self.headline()
+        return "\n".join([f"EvaluationReport: {headline}" if headline else "EvaluationReport", *shown, *more])
 
     def _repr_html_(self) -> str:
         from lossgrad.report_html import report_html

@@ -75,6 +75,11 @@ class Segment:
         self.connection = connection  # so that it does not end before the arrays that lie here
         self.unused_since = 0.0
 
+    @property
+    def whole(self) -> SharedPart:
+        """All of it, as requests name it."""
+        return SharedPart(self.token, 0, self.byte_count)
+
     def part(self, offset: int, byte_count: int) -> SharedPart:
         """Return a part of it, as requests name it."""
         return SharedPart(self.token, offset, byte_count)

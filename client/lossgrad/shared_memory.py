@@ -13,21 +13,22 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import grpc
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from lossgrad.calls import Answer, Request
+from lossgrad.calls import Answer
 from lossgrad.errors import LossgradError
 from lossgrad.losses import Loss
 from lossgrad.segments import SegmentPool, Use
-from lossgrad.tensors import FLOATS, ITEMSIZES, Family, promote, read_mask, read_pair, read_weight
-from lossgrad_api.codec import Buffer, ResponseView, ResultView, WireTensor, encode_compute_request
+from lossgrad.shared_requests import SharedRequest
+from lossgrad.tensors import FLOATS, ITEMSIZES, NUMPY, is_array, promote, read_mask, read_pair, read_weight
+from lossgrad_api.codec import Buffer, WireTensor, encode_compute_request
 from lossgrad_api.shared_codec import OUTPUT_ALIGNMENT, SharedTensor, encode_shared_request
+from lossgrad_api.shared_form import SharedForm, shared_form
 from lossgrad_api.v1 import loss_service_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -43,63 +44,21 @@ _AGAIN_SECONDS: Final = 60.0
 _MAX_FAILURES: Final = 3
 _PART_ALIGNMENT: Final = 8  # of a part, as the server takes it
 
+_MAX_KNOWN: Final = 1024
+
 _NAMES: Final = ("input", "target", "weight", "mask")
 _Named = dict[str, Any]
 _GONE: Final = frozenset(("UNKNOWN_REGION", "SHARED_MEMORY_OFF"))
 
 
-@dataclass(slots=True, eq=False)
-class SharedRequest(Request):
-    """A request whose tensors are in shared memory. Its answer's tensors come in `outputs`, if that is set."""
+class _Known(NamedTuple):
+    """What requests for NumPy arrays of the same shapes, types and losses have in common."""
 
-    memory: SharedMemory
-    encode: Callable[..., list[Buffer]]  # encode_compute_request, but for the tensors
-    tensors: tuple[WireTensor | None, ...]  # input, target, weight, mask: where they lie now
-    operands: Use | None
-    outputs: Use | None
-    copies_results: bool
-
-    def read_view(self, view: ResponseView, round_trip_seconds: float) -> Answer:
-        """Return what an answer says, in the caller's kind of arrays, which lie in shared memory."""
-        self.settle()
-        if self.outputs is not None:
-            view = ResponseView(view.stats, _placed(view.results, self.outputs), view.idempotency_key)
-            if not self.copies_results:
-                self.input_family = _Adopting(self.input_family)
-                self.target_family = _Adopting(self.target_family)
-        # Not super(): a dataclass with slots is another class than the one that was written.
-        return Request.read_view(self, view, round_trip_seconds)
-
-    def instead(self, error: LossgradError) -> Request | None:
-        """Return the request whose tensors travel, where this one failed because memory is not shared any more."""
-        if not self.memory.must_travel(self, error):
-            return None
-        input, target, weight, mask = self.tensors
-        parts = self.encode(input, target, weight=weight, mask=mask)
-        byte_count = sum(map(len, parts))
-        return Request(
-            parts, byte_count, self.losses, self.is_single, self.input_family, self.target_family, self.result_type
-        )
-
-    def settle(self) -> None:
-        """Take note that the server is done with this request."""
-        for use in (self.operands, self.outputs):
-            if use is not None:
-                use.settle()
-
-
-class _Adopting:
-    """A family whose tensors lie where the answer's do."""
-
-    def __init__(self, family: Family) -> None:
-        self._family = family
-        self.scalar = family.scalar
-
-    def tensor(self, wire: WireTensor) -> Any:
-        """Return a tensor of an answer, in the memory that it came in."""
-        return self._family.adopt(wire)
-
-    adopt = tensor
+    form: SharedForm
+    input_type: int
+    target_type: int
+    result_type: int
+    output_bytes: int
 
 
 class SharedMemory:
@@ -113,6 +72,7 @@ class SharedMemory:
         self._again_at = 0.0
         self._failures: list[float] = []  # when
         self._has_told = False
+        self._known: dict[tuple[Any, ...], _Known] = {}
 
     @property
     def must_ask(self) -> bool:
@@ -189,6 +149,18 @@ class SharedMemory:
         pool = self._pool
         if pool is None or _byte_count(input) + _byte_count(target) < SHARED_BYTES:
             return None
+        key: tuple[Any, ...] | None = None
+        if weight is None and mask is None and not (idempotency_key or copies) and is_array(input) and is_array(target):
+            key = (input.dtype, input.shape, target.dtype, target.shape, allow_broadcast, losses)
+            known = self._known.get(key)
+            request = None
+            if known is not None:
+                with suppress(OSError):  # which is found again below
+                    request = self._again(
+                        pool, known, input, target, losses, is_single=is_single, allow_broadcast=allow_broadcast
+                    )
+            if request is not None:
+                return request
         first, second = read_pair(input, target)
         wires = (
             first.wire,
@@ -217,10 +189,12 @@ class SharedMemory:
         parts = encode_shared_request(
             specs,
             **named,
-            outputs=None if outputs is None else outputs.segment.part(0, outputs.segment.byte_count),
+            outputs=None if outputs is None else outputs.segment.whole,
             allow_broadcast=allow_broadcast,
             idempotency_key=idempotency_key,
         )
+        if key is not None and operands is None and first.family is NUMPY and second.family is NUMPY:
+            self._remember(key, parts, (first.wire.data_type, second.wire.data_type, result_type, output_bytes))
         return SharedRequest(
             parts,
             # Not the few bytes of the message: what is held until it is answered.
@@ -236,6 +210,59 @@ class SharedMemory:
             ),
             tensors=tensors,
             operands=operands,
+            outputs=outputs,
+            copies_results=pool.in_use > _MAX_IN_USE,
+        )
+
+    def _remember(self, key: tuple[Any, ...], parts: list[Buffer], types: tuple[int, int, int, int]) -> None:
+        """Remember how a request is written whose arrays were in shared memory already."""
+        message = b"".join(parts)
+        form = shared_form(message, 0, len(message))
+        if form is not None:
+            if len(self._known) >= _MAX_KNOWN:  # rare enough that starting over is the simplest bound
+                self._known.clear()
+            self._known[key] = _Known(form, *types)
+
+    def _again(
+        self,
+        pool: SegmentPool,
+        known: _Known,
+        input: Any,
+        target: Any,
+        losses: tuple[Loss, ...],
+        *,
+        is_single: bool,
+        allow_broadcast: bool,
+    ) -> SharedRequest | None:
+        """Return the request for arrays like others before; None where they do not lie as those did. Raises OSError."""
+        form, input_type, target_type, result_type, output_bytes = known
+        if not (input.flags.c_contiguous and target.flags.c_contiguous):
+            return None
+        wires = (
+            WireTensor(input_type, input.shape, input.data.cast("B")),
+            WireTensor(target_type, target.shape, target.data.cast("B")),
+        )
+        places = [place for wire in wires if (place := pool.find(wire.data)) and place.offset % _PART_ALIGNMENT == 0]
+        outputs = pool.take(output_bytes) if form.outputs is not None and len(places) == len(wires) else None
+        message = form.write(places, None if outputs is None else outputs.segment.whole)
+        if message is None:
+            if outputs is not None:
+                outputs.settle()
+            return None
+        return SharedRequest(
+            [message],
+            len(wires[0].data) + len(wires[1].data) + output_bytes,
+            losses,
+            is_single,
+            NUMPY,
+            NUMPY,
+            result_type,
+            memory=self,
+            encode=partial(
+                encode_compute_request, [loss.serialized for loss in losses], allow_broadcast=allow_broadcast
+            ),
+            tensors=(*wires, None, None),
+            operands=None,
             outputs=outputs,
             copies_results=pool.in_use > _MAX_IN_USE,
         )
@@ -345,31 +372,3 @@ def _most_output_bytes(
             if target_type in FLOATS and not (input_shape == target_shape and input_type == result_type):
                 sizes.append(ITEMSIZES[target_type] * math.prod(target_shape))
     return sum(-(-size // OUTPUT_ALIGNMENT) * OUTPUT_ALIGNMENT for size in sizes)
-
-
-def _placed(results: tuple[ResultView, ...], outputs: Use) -> tuple[ResultView, ...]:
-    """Return the results with the bytes of their tensors, which lie in `outputs` one behind the other."""
-    offset = 0
-
-    def find(tensor: WireTensor | None) -> WireTensor | None:
-        nonlocal offset
-        if tensor is None or len(tensor.data) or not math.prod(tensor.shape):
-            return tensor
-        byte_count = ITEMSIZES.get(tensor.data_type, 0) * math.prod(tensor.shape)
-        begin = -(-offset // OUTPUT_ALIGNMENT) * OUTPUT_ALIGNMENT
-        offset = begin + byte_count
-        data = outputs.bytes(begin, byte_count).data if offset <= outputs.segment.byte_count else tensor.data
-        return WireTensor(tensor.data_type, tensor.shape, data)
-
-    return tuple(
-        ResultView(
-            result.scalar,
-            find(result.tensor),
-            result.element_count,
-            result.weight_sum,
-            result.nonfinite_count,
-            find(result.target_gradient),
-            find(result.input_gradient),
-        )
-        for result in results
-    )

@@ -14,7 +14,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import grpc
 
@@ -23,10 +23,14 @@ from lossgrad.exchange import FRAME_BYTES, FULL_MESSAGE_BYTES, MAX_REQUESTS_PER_
 from lossgrad.message_builder import HEAD_BYTES, MessageBuilder
 from lossgrad_api.codec import Buffer, CodecError, ResponseView, decode_stream_response, encode_stream_request
 
+if TYPE_CHECKING:
+    from lossgrad.metrics import MethodMetrics
+
 # On one lane. Four full messages: one that the server computes, one that waits there, one under way, one being packed.
 MAX_SLICES: Final = 4 * MAX_REQUESTS_PER_MESSAGE
 # What a message costs by itself, some hundred microseconds on either side, is little beside moving as much as this.
-MESSAGE_BYTES: Final = 4 * 1024 * 1024
+# A little more than 8 MiB, so that two slices of 4 MiB fit, with their headers.
+MESSAGE_BYTES: Final = 8 * 1024 * 1024 + 4096
 # Slices from here on surely have a message of their own.
 ALONE_BYTES: Final = MESSAGE_BYTES // 2
 # Slices from here on are copied once. Below, it takes longer to prepare than to copy twice.
@@ -52,6 +56,7 @@ class SliceRequest:
     deliver: Callable[[Outcome], None]
     tag: int = 0
     written: memoryview | None = None  # where it is in a message, to be sent again if need be
+    added_at: float = 0.0
     failed_at: float = 0.0  # for the first time; 0: never
 
 
@@ -92,7 +97,14 @@ class SliceWindow:
         silence_seconds: float,
         patience_seconds: float,
         clock: Callable[[], float],
+        metrics: MethodMetrics | None = None,
+        are_requests: bool = True,
     ) -> None:
+        """`metrics` count the slices as requests, unless `are_requests` is false: then they are parts of one."""
+        self.metrics = metrics
+        self._are_counted = are_requests and metrics is not None
+        if metrics is not None:
+            metrics.watch(self)
         self.lanes = [Lane(number) for number in range(lanes)]
         # Servers put answers together, up to a size that a client of a smaller limit would refuse: one at a time, then.
         self._max_bytes = max(1, max_bytes // lanes) if max_message_bytes >= _ANSWERS_BYTES else 1
@@ -108,6 +120,15 @@ class SliceWindow:
         self._built: list[SliceRequest] = []  # what is in it
         self._written: deque[_Message] = deque()
         self.resent_count = 0
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """How many slices are in the window, if they are requests, and the bytes of all."""
+        waiting = [*self._built, *(request for message in list(self._written) for request in message.requests)]
+        requests = len(self._small) + len(waiting) + sum(len(lane.sent) for lane in self.lanes)
+        byte_count = self._small_bytes + sum(request.byte_count for request in waiting)
+        byte_count += sum(lane.bytes for lane in self.lanes)
+        return requests if self._are_counted else 0, byte_count
 
     @property
     def is_open(self) -> bool:
@@ -140,6 +161,7 @@ class SliceWindow:
         """Add a slice. From here on the arrays that it views may be reused."""
         request.tag = self._next_tag
         self._next_tag += 1
+        request.added_at = self._clock()
         self._put(request)
 
     def messages(self, *, flush: bool = False) -> list[tuple[int, bytes]]:
@@ -177,11 +199,11 @@ class SliceWindow:
             lane.bytes -= request.byte_count
             if isinstance(outcome, ResponseView):
                 lane.failures = lane.odd_breaks = 0
-                request.deliver(outcome)
+                self._deliver(request, outcome)
                 continue
             error = from_status(outcome)
             if error.code is not grpc.StatusCode.UNAVAILABLE:
-                request.deliver(error)
+                self._deliver(request, error)
                 continue
             if error.reason == "DRAINING":
                 lane.must_reopen = True  # this stream's server takes no more; another one may
@@ -198,6 +220,8 @@ class SliceWindow:
             lane.odd_breaks += 1
             if error.code not in _ODD_CODES or lane.odd_breaks > _MAX_ODD_BREAKS:
                 raise error
+        if self.metrics is not None:
+            self.metrics.reconnected(error)
         unanswered = list(lane.sent.values())
         lane.sent.clear()
         lane.bytes = 0
@@ -285,6 +309,11 @@ class SliceWindow:
             lane.failures = min(lane.failures + 1, _MAX_ATTEMPTS)
         lane.paused_until = max(lane.paused_until, now + backoff_seconds(lane.failures, error.retry_after))
 
+    def _deliver(self, request: SliceRequest, outcome: Outcome) -> None:
+        if self._are_counted and self.metrics is not None:
+            self.metrics.finished(outcome, self._clock() - request.added_at)
+        request.deliver(outcome)
+
     def _put_back(self, requests: Sequence[SliceRequest], error: LossgradError) -> None:
         now = self._clock()
         for request in requests:
@@ -293,6 +322,8 @@ class SliceWindow:
                 raise error
             self._put(request)
         self.resent_count += len(requests)
+        if self.metrics is not None:
+            self.metrics.retried(error, len(requests))
 
 
 def answer_of(outcome: Outcome) -> Any:

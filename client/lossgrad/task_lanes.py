@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from lossgrad.calls import stream_ended
@@ -61,11 +62,10 @@ class TaskLanes:
         if wait and not self._arrivals:
             self._arrived.clear()
             wake_at = self._window.wake_at
-            try:
+            metrics = self._window.metrics
+            with suppress(TimeoutError), nullcontext() if metrics is None else metrics.waiting():
                 async with asyncio.timeout(max(0.0, wake_at - time.perf_counter()) if wake_at < 1e18 else None):
                     await self._arrived.wait()
-            except TimeoutError:
-                pass
         while self._arrivals:
             await self._take(*self._arrivals.popleft())
         for number in self._window.wake():

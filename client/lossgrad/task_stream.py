@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 
 from lossgrad.errors import Cancelled, Unavailable
+
+if TYPE_CHECKING:
+    from lossgrad.metrics import MethodMetrics
 
 
 class TaskStream:
@@ -19,8 +23,10 @@ class TaskStream:
     A reader task puts what comes into a queue, so that the server can always send, also while this side waits to send.
     """
 
-    def __init__(self, open_stream: Callable[[], Any]) -> None:
+    def __init__(self, open_stream: Callable[[], Any], metrics: MethodMetrics | None = None) -> None:
+        """`metrics` count the time that is spent waiting."""
         self._open_stream = open_stream
+        self._metrics = metrics
         self._call: Any = None
         self._incoming: deque[bytes | Exception | None] = deque()
         self._arrived = asyncio.Event()
@@ -46,8 +52,9 @@ class TaskStream:
         if not self._incoming and wait_seconds != 0.0:
             self._arrived.clear()
             try:
-                async with asyncio.timeout(wait_seconds):
-                    await self._arrived.wait()
+                with nullcontext() if self._metrics is None else self._metrics.waiting():
+                    async with asyncio.timeout(wait_seconds):
+                        await self._arrived.wait()
             except TimeoutError:
                 return []
         received = list(self._incoming)

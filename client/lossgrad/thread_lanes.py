@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -72,7 +72,9 @@ class ThreadLanes:
 
     def _wait(self) -> tuple[_Stream, _Received]:
         wake_at = self._window.wake_at
-        return self._arrivals.get(timeout=None if wake_at == math.inf else max(0.0, wake_at - time.perf_counter()))
+        seconds = None if wake_at == math.inf else max(0.0, wake_at - time.perf_counter())
+        with nullcontext() if self._window.metrics is None else self._window.metrics.waiting():
+            return self._arrivals.get(timeout=seconds)
 
     def _take(self, stream: _Stream, received: _Received) -> None:
         number = stream.number

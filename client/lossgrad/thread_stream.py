@@ -6,7 +6,10 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lossgrad.metrics import MethodMetrics
 
 # What a forked child inherits and must neither use nor collect: gRPC's objects without the threads behind them.
 inherited: list[Any] = []
@@ -19,8 +22,10 @@ class ThreadStream:
     ended by None or by the error that the call ended with.
     """
 
-    def __init__(self, open_stream: Callable[[Iterator[bytes]], Any]) -> None:
+    def __init__(self, open_stream: Callable[[Iterator[bytes]], Any], metrics: MethodMetrics | None = None) -> None:
+        """`metrics` count the time that is spent waiting."""
         self._open_stream = open_stream
+        self._metrics = metrics
         self._call: Any = None
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
         self._incoming: SimpleQueue[bytes | Exception | None] = SimpleQueue()
@@ -47,11 +52,17 @@ class ThreadStream:
     def received(self, wait_seconds: float | None) -> Iterator[bytes | Exception | None]:
         """Give all that has come; if there is nothing, wait for the first for this long, for ever if None."""
         try:
-            yield self._incoming.get(timeout=wait_seconds) if wait_seconds != 0.0 else self._incoming.get_nowait()
+            yield self._incoming.get_nowait() if wait_seconds == 0.0 else self._wait(wait_seconds)
             while True:
                 yield self._incoming.get_nowait()
         except Empty:
             return
+
+    def _wait(self, seconds: float | None) -> bytes | Exception | None:
+        if self._metrics is None:
+            return self._incoming.get(timeout=seconds)
+        with self._metrics.waiting():
+            return self._incoming.get(timeout=seconds)
 
     def close(self) -> None:
         """End the call, if there is one. Another can follow."""

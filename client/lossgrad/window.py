@@ -11,10 +11,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+import grpc
+
+from lossgrad import tracing
 from lossgrad.calls import Answer, Request
-from lossgrad.errors import LossgradError
+from lossgrad.errors import LossgradError, Unavailable
 from lossgrad.exchange import (
     FRAME_BYTES,
     FULL_MESSAGE_BYTES,
@@ -27,6 +30,11 @@ from lossgrad.exchange import (
 )
 from lossgrad.throttle import RetryThrottle
 
+if TYPE_CHECKING:
+    from lossgrad.metrics import MethodMetrics
+
+# Why a stream is left whose server drains.
+DRAINING: Final = Unavailable("the server takes no more", grpc.StatusCode.UNAVAILABLE, "DRAINING")
 # Four full messages: one that the server computes, one that waits there, one on its way, one that is being read or packed.
 DEFAULT_IN_FLIGHT: Final = 256
 DEFAULT_IN_FLIGHT_BYTES: Final = 64 * 1024 * 1024
@@ -50,6 +58,7 @@ class StreamWindow:
         timeout: float | None,
         retries: int,
         clock: Callable[[], float],
+        metrics: MethodMetrics | None = None,
         throttle: RetryThrottle | None = None,
     ) -> None:
         # Half a window a message at most, so that the server computes one while the client packs the other.
@@ -61,8 +70,13 @@ class StreamWindow:
             bytes_per_message=message_bytes,
             retries=retries,
             finish=self._finish,
+            metrics=metrics,
             throttle=throttle,
         )
+        self._metrics = metrics
+        if metrics is not None:
+            metrics.watch(self)
+        self._max_message_bytes = max_message_bytes
         self._timeout = timeout
         self._retries = retries
         self._clock = clock
@@ -74,7 +88,13 @@ class StreamWindow:
         self._done: dict[int, Answer | LossgradError] = {}
         self._sizes: deque[int] = deque()  # of all from _next_out to _next_tag: the window
         self._breaks = 0
+        self._left_for: LossgradError | None = None  # why the stream before was given up
         self.must_reopen = False
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """How many requests are in the window, and their bytes."""
+        return self._room.requests, self._room.bytes
 
     @property
     def is_empty(self) -> bool:
@@ -96,6 +116,11 @@ class StreamWindow:
         now = self._clock()
         exchange, byte_count = self._exchange, request.byte_count
         item = Item(self._take_tag(byte_count), request, now, self._timeout, None)
+        if tracing.is_on():
+            item.caller = tracing.pair_span()
+            trace = tracing.fields_of(item.caller)
+            if byte_count + FRAME_BYTES + len(trace) <= self._max_message_bytes:
+                item.trace = trace
         if exchange.is_alone(byte_count):
             return [*self.flush(), *self._pack([item])]
         messages = self.flush() if self._waiting_bytes + byte_count > exchange.bytes_per_message else []
@@ -110,6 +135,8 @@ class StreamWindow:
     def add_failed(self, error: LossgradError) -> None:
         """Add the next pair, of which no request could be made."""
         self._done[self._take_tag(0)] = error
+        if self._metrics is not None:
+            self._metrics.finished(error, 0.0)
 
     def flush_if_slow(self, pull_seconds: float) -> list[bytes]:
         """Return what waits as messages, if the iterable took this long for its last pair that waiting for more is loss."""
@@ -128,6 +155,7 @@ class StreamWindow:
         if self._exchange.draining:
             self._exchange.draining.clear()
             self.must_reopen = True  # this stream's server takes no more; another one may
+            self._left_for = DRAINING
 
     def take_due(self) -> list[bytes]:
         """Return the messages to send again now; give up what is past its deadline."""
@@ -151,11 +179,17 @@ class StreamWindow:
         self._breaks += 1
         if error.code not in TRANSIENT or self._breaks > self._retries or not self._exchange.throttle.failed():
             return None
+        self._left_for = error
         return backoff_seconds(self._breaks, error.retry_after)
 
     def resend(self) -> list[bytes]:
         """Return all that is sent and unanswered as messages, for a new stream."""
-        return self._pack(self._exchange.take_sent())
+        self.must_reopen = False
+        items = self._exchange.take_sent()
+        if self._metrics is not None and self._left_for is not None:
+            self._metrics.reconnected(self._left_for)
+            self._metrics.retried(self._left_for, len(items))
+        return self._pack(items)
 
     def _take_tag(self, byte_count: int) -> int:
         tag = self._next_tag
@@ -176,3 +210,7 @@ class StreamWindow:
 
     def _finish(self, item: Item, outcome: Answer | LossgradError) -> None:
         self._done[item.tag] = outcome
+        if item.caller is not None:
+            tracing.end_span(item.caller, outcome)
+        if self._metrics is not None:
+            self._metrics.finished(outcome, self._clock() - item.added_at)

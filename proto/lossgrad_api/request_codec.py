@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
@@ -33,6 +33,10 @@ MAX_HEADER_BYTES: Final = 64 * 1024
 
 # What each request of a stream message may add to that beside itself: its tag, its timeout and their lengths take 40.
 _TAGGED_HEAD_BYTES: Final = 64
+# And its trace context, where it has one.
+_TRACEPARENT: Final = 4 << 3 | 2
+_TRACESTATE: Final = 5 << 3 | 2
+_TRACE_BYTES: Final = {_TRACEPARENT: 64, _TRACESTATE: 512}
 
 # Tags: field number * 8 + wire type.
 _IDEMPOTENCY_KEY: Final = 3 << 3 | 2
@@ -77,13 +81,17 @@ class RequestView(NamedTuple):
 
 
 class TaggedRequestView(NamedTuple):
-    """One request of a StreamComputeLossRequest; the ComputeLossRequest is `data[start:end]`."""
+    """One request of a StreamComputeLossRequest; the ComputeLossRequest is `data[start:end]`.
+
+    `trace` is its traceparent and tracestate, None where it has neither. What is too long, or no text, is left out.
+    """
 
     tag: int
     timeout_ns: int
     data: bytes
     start: int
     end: int
+    trace: tuple[str, str] | None
 
 
 def encode_compute_request(
@@ -109,16 +117,30 @@ def encode_compute_request(
     return parts
 
 
-def encode_stream_request(requests: Iterable[tuple[int, int, Sequence[Buffer]]]) -> bytes:
-    """Return a StreamComputeLossRequest of (tag, timeout in nanoseconds, parts of `encode_compute_request`)."""
+def encode_stream_request(
+    requests: Iterable[tuple[int, int, Sequence[Buffer]]], traces: Mapping[int, bytes] | None = None
+) -> bytes:
+    """Return a StreamComputeLossRequest of (tag, timeout in nanoseconds, parts of `encode_compute_request`).
+
+    `traces` are what `encode_trace` gave for those requests that have a trace context, by tag.
+    """
     message: list[Buffer] = []
     for tag, timeout_ns, parts in requests:
         size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
         # scalar_field by hand: this is done for each of thousands of requests a second.
         head = (b"\x08" + signed_varint(tag) if tag else b"") + _request_field_head(timeout_ns, size)
-        message.append(b"\x0a" + varint(len(head) + size) + head)
+        trace = traces.get(tag, b"") if traces else b""
+        message.append(b"\x0a" + varint(len(head) + size + len(trace)) + head)
         message += parts
+        if trace:
+            message.append(trace)
     return b"".join(message)
+
+
+def encode_trace(traceparent: str, tracestate: str = "") -> bytes:
+    """Return the fields of a TaggedRequest for a trace context. A state that is too long is left out, as W3C allows."""
+    state = string_field(5, tracestate) if tracestate and len(tracestate.encode()) <= _TRACE_BYTES[_TRACESTATE] else b""
+    return string_field(4, traceparent) + state
 
 
 def split_compute_request(data: bytes, start: int = 0, end: int | None = None) -> RequestView:
@@ -300,13 +322,20 @@ def _tagged_request(data: bytes, position: int, end: int, limit: int) -> tuple[T
         if behind < end and data[behind] == (3 << 3 | 2):
             start, behind = read_length(data, behind + 1, end)
             if behind == end:
-                view = (to_signed(tag), to_signed(timeout_ns), data, start, end)
+                view = (to_signed(tag), to_signed(timeout_ns), data, start, end, None)
                 return _new(TaggedRequestView, view), limit + end - start
     tag = timeout_ns = 0
     bodies: list[tuple[int, int]] = []
+    trace = {_TRACEPARENT: "", _TRACESTATE: ""}
     while position < end:
         field, position = read_tag(data, position, end)
-        if field == 1 << 3:
+        if field in trace:
+            start, position = read_length(data, position, end)
+            if position - start <= _TRACE_BYTES[field]:
+                if not trace[field]:
+                    limit += position - start
+                trace[field] = data[start:position].decode("ascii", "ignore")
+        elif field == 1 << 3:
             tag, position = read_varint(data, position, end)
         elif field == 2 << 3:
             timeout_ns, position = read_varint(data, position, end)
@@ -322,7 +351,10 @@ def _tagged_request(data: bytes, position: int, end: int, limit: int) -> tuple[T
         data = b"".join(data[start:stop] for start, stop in bodies)
         bodies = [(0, len(data))]
     start, stop = bodies[0] if bodies else (0, 0)
-    return TaggedRequestView(to_signed(tag), to_signed(timeout_ns), data, start, stop), limit
+    context = (trace[_TRACEPARENT], trace[_TRACESTATE])
+    return TaggedRequestView(
+        to_signed(tag), to_signed(timeout_ns), data, start, stop, context if context[0] else None
+    ), limit
 
 
 def header_too_large(excess: int) -> HeaderTooLarge:

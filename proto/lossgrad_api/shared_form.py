@@ -2,13 +2,14 @@
 
 Callers send the same kind of request again and again. Of such a one all bytes are equal and in the same positions but the
 regions, the offsets into them, and the data of small tensors that came along. As with KnownRequests, a request is taken for
-one of a form only if all its other bytes are compared and equal: what is read is what parsing it would have given.
+one of a form only if all its other bytes are compared and equal: what is read is what parsing it would have given. The one
+who sends them writes them so, too.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
@@ -52,24 +53,41 @@ class _PartAt(NamedTuple):
 
 
 class SharedForm(NamedTuple):
-    """What is the same in all requests of one form and length. `names` are those of the operands that they have."""
+    """What is the same in all requests of one form and length. `names` are those of the operands that they have.
+
+    `layout` tells forms apart whose bytes are in other positions: those of one layout have `unpack` and `fixed` in common,
+    and differ in what `fixed` picks from what was unpacked.
+    """
 
     names: tuple[str, ...]
+    layout: str
     unpack: Callable[[bytes, int], tuple[Any, ...]]
+    pack: Callable[..., bytes]
     fixed: Callable[[tuple[Any, ...]], Any]
-    expected: Any
+    values: tuple[Any, ...]  # of the request that the form was made of
     operands: tuple[_DataAt | _PartAt, ...]
     outputs: _PartAt | None
 
-    def places(self, data: bytes, start: int) -> Places | None:
-        """Return the places of a request of the same length, at `start`; None where it is of another form."""
-        values = self.unpack(data, start)
-        if self.fixed(values) != self.expected:
-            return None
+    def places(self, values: tuple[Any, ...], data: bytes, start: int) -> Places:
+        """Return the places of the request of this form at `start`, of which `values` were unpacked."""
         return Places(
             tuple([_place(one, values, data, start) for one in self.operands]),
             None if self.outputs is None else _part(self.outputs, values),
         )
+
+    def write(self, operands: Sequence[SharedPart], outputs: SharedPart | None) -> bytes | None:
+        """Return the request of this form whose tensors are in these places; None where it is not of this form."""
+        wanted = self.operands if outputs is None else (*self.operands, self.outputs)
+        parts = operands if outputs is None else (*operands, outputs)
+        values = list(self.values)
+        if len(wanted) != len(parts) or (outputs is None) != (self.outputs is None):
+            return None
+        for one, (region, offset, byte_count) in zip(wanted, parts, strict=True):
+            if not isinstance(one, _PartAt) or one.offset is None or one.byte_count != byte_count:
+                return None
+            values[one.region] = region
+            values[one.offset] = offset
+        return self.pack(*values)
 
 
 def _place(one: _DataAt | _PartAt, values: tuple[Any, ...], data: bytes, start: int) -> SharedPart | memoryview:
@@ -178,9 +196,9 @@ class _Reader:
         self, names: tuple[str, ...], operands: tuple[_DataAt | _PartAt, ...], outputs: _PartAt | None
     ) -> SharedForm | None:
         """Return what was found; None where there is too much of it."""
-        unpack = struct.Struct(self._format).unpack_from
+        layout = struct.Struct(self._format)
         fixed = itemgetter(*self._fixed)
-        values = unpack(self._data, self._start)
+        values = layout.unpack_from(self._data, self._start)
         if sum(len(values[index]) for index in self._fixed) > _MAX_FIXED_BYTES:
             return None
-        return SharedForm(names, unpack, fixed, fixed(values), operands, outputs)
+        return SharedForm(names, self._format, layout.unpack_from, layout.pack, fixed, values, operands, outputs)

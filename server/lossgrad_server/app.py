@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import grpc.aio
-import prometheus_client
 
 from lossgrad_api.allocator import release_free_memory
 from lossgrad_server import __version__, engine
@@ -22,8 +21,9 @@ from lossgrad_server.batching.admission import AdmissionLimits
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.forming import BatchLimits
 from lossgrad_server.config import ConfigError, ServerConfig
-from lossgrad_server.gpu_metrics import GpuCollector, find_gpu, with_plain_decimals
+from lossgrad_server.gpu_metrics import GpuCollector, find_gpu
 from lossgrad_server.metrics import Metrics
+from lossgrad_server.metrics_endpoint import serve_metrics
 from lossgrad_server.security import security
 from lossgrad_server.transport.call import Method
 from lossgrad_server.transport.grpc_server import UnderWay, create_server
@@ -36,6 +36,7 @@ from lossgrad_server.workers import Outages, make_worker
 
 if TYPE_CHECKING:
     from lossgrad_server.shared_memory.sharing import SharedMemory
+    from lossgrad_server.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ class Core:
             config.max_message_bytes,
             None if shared_memory is None else shared_memory.segments,
             unsent=Unsent(config.max_queued_bytes // 4),
+            tracer=_tracer(config),
         )
         if shared_memory is not None:
             self.metrics.watch_memory(shared_memory.state)
@@ -175,6 +177,8 @@ class Core:
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.close, _WORKER_STOP_SECONDS)
         if self.shared_memory is not None:
             self.shared_memory.close()
+        if self.pipeline.tracer is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self.pipeline.tracer.close)
 
 
 class Server:
@@ -229,7 +233,12 @@ class Server:
                 "Choose another --host or --port"
             ) from None
         if self.config.metrics_port >= 0:
-            self._start_metrics()
+            self.metrics_port, self._stop_metrics = serve_metrics(
+                self._core.metrics.registry,
+                self.config.metrics_host,
+                self.config.metrics_port,
+                are_plain=self._core.gpu is not None,
+            )
         if self._core.shared_memory is not None:
             self._core.shared_memory.start(self.config.address, self.port)
         await self._health.set_alive()
@@ -271,26 +280,6 @@ class Server:
                 await asyncio.get_running_loop().run_in_executor(None, release_free_memory)
                 released_at = admitted
             seen = admitted
-
-    def _start_metrics(self) -> None:
-        host, port = self.config.metrics_host, self.config.metrics_port
-        try:
-            httpd, thread = prometheus_client.start_http_server(port, addr=host, registry=self._core.metrics.registry)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot serve metrics on {host}:{port}: {error.strerror}; choose another --metrics-port, 0 for a free "
-                "one, -1 for none"
-            ) from None
-        self.metrics_port = httpd.server_port
-        if self._core.gpu is not None:
-            httpd.set_app(with_plain_decimals(httpd.get_app()))
-
-        def stop() -> None:
-            httpd.shutdown()
-            httpd.server_close()
-            thread.join()
-
-        self._stop_metrics = stop
 
     async def drain(self) -> None:
         """Stop without an error for anyone: say NOT_SERVING, serve on for the delay, refuse new calls, finish the rest."""
@@ -364,6 +353,18 @@ def _shared_memory(config: ServerConfig) -> SharedMemory | None:
 
     logger.warning("Sharing memory with callers on this machine: see docs/shared-memory.md for what that trusts")
     return SharedMemory(config.max_shared_memory_bytes, config.region_prefixes)
+
+
+def _tracer(config: ServerConfig) -> Tracer | None:
+    if not config.tracing:
+        return None
+    try:
+        from lossgrad_server.tracing import create_tracer
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--tracing needs {error.name}, which is not installed: pip install 'lossgrad[otel]'"
+        ) from None
+    return create_tracer()
 
 
 def _poster(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]:

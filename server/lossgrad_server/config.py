@@ -199,6 +199,11 @@ class ServerConfig:
         least=0,
         most=DAY_SECONDS,
     )
+    tracing: bool = _setting(
+        False,
+        "Make OpenTelemetry spans of requests, under their callers' traces, and exemplars in the metrics. Where they go is "
+        "set by the standard OTEL_* variables. Needs the extra otel.",
+    )
     log_level: str = _setting("info", "Least severe log line to write: debug, info, warning or error.")
     log_format: str = _setting(
         "auto", "How log lines look: text, json, or auto, which is text on a terminal and json elsewhere."

@@ -7,21 +7,24 @@ was the largest single cost of a small request. The exposition is the library's.
 from __future__ import annotations
 
 import math
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
 
 class HistogramSeries:
     """One series. Every series is observed from one thread only, so there is no lock; a scrape may read meanwhile."""
 
-    __slots__ = ("_bounds", "counts", "sum")
+    __slots__ = ("_bounds", "counts", "exemplars", "sum")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
+        self.exemplars: dict[int, Exemplar] = {}  # the newest of each bucket
         self.counts = [0] * (len(bounds) + 1)  # of each bucket by itself; the last has no bound
         self.sum = 0.0
 
@@ -29,6 +32,10 @@ class HistogramSeries:
         """Count an observation, `times` times."""
         self.counts[bisect_left(self._bounds, value)] += times
         self.sum += value * times
+
+    def exemplar(self, value: float, trace_id: str) -> None:
+        """Show a trace as an example of the bucket that a value is in; OpenMetrics has it, Prometheus' own format not."""
+        self.exemplars[bisect_left(self._bounds, value)] = Exemplar({"trace_id": trace_id}, value, time.time())
 
 
 class Histogram(Collector):
@@ -61,9 +68,10 @@ class Histogram(Collector):
         for values, series in list(self._series.items()):
             counts, total = list(series.counts), series.sum
             cumulative = 0
-            buckets: list[tuple[str, float]] = []
-            for name, count in zip(self._bound_names, counts, strict=True):
+            buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
+            for index, (name, count) in enumerate(zip(self._bound_names, counts, strict=True)):
                 cumulative += count
-                buckets.append((name, cumulative))
+                exemplar = series.exemplars.get(index)
+                buckets.append((name, cumulative) if exemplar is None else (name, cumulative, exemplar))
             family.add_metric(values, buckets, total)
         return [family]

@@ -19,6 +19,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from lossgrad_server.batching.forming import Batch, ClosedBy
+from lossgrad_server.batching.job import Computed
 from lossgrad_server.counters import Counter
 from lossgrad_server.errors import Code, Reason, RequestError
 from lossgrad_server.histograms import Histogram
@@ -116,6 +117,10 @@ class RequestMetrics:
         self._duration = metrics.request_duration.labels(loss, mode, api)
         self._elements = metrics.elements.labels(loss, mode, metrics.device)
         self._nonfinite = metrics.nonfinite_results.labels(loss)
+
+    def exemplar(self, seconds: float, trace_id: str) -> None:
+        """Show a trace as an example of requests that take this long."""
+        self._duration.exemplar(seconds, trace_id)
 
     def done(self, seconds: float, element_count: int, times: int, nonfinite_results: int) -> None:
         """Count requests that were answered with numbers, `seconds` after they came: `times` of `element_count` each.
@@ -279,6 +284,12 @@ class Metrics:
     def stage(self, stage: str, nanoseconds: float, times: int = 1) -> None:
         """Note the time that each of some requests spent in a stage of the event loop's thread: decode, queue, encode."""
         self._stages[stage].observe(nanoseconds * 1e-9, times)
+
+    def traced(self, plan: JobPlan, api: str, seconds: float, computed: Computed, trace_id: str) -> None:
+        """Show the trace of a request that took `seconds` as an example of its durations."""
+        self.of_request(plan, api).exemplar(seconds, trace_id)
+        self._stages["queue"].exemplar(computed.queue_ns * 1e-9, trace_id)
+        self._stages["compute"].exemplar(computed.batch.compute_ns * 1e-9, trace_id)
 
     def failed(self, plan: JobPlan | None, api: str, error: RequestError) -> None:
         """Count a request that was answered with an error."""

@@ -40,6 +40,12 @@ def security(config: ServerConfig) -> Security:
             f"--host is {config.host}, which others can reach, and nothing would be encrypted; give --tls-cert and "
             "--tls-key, or --insecure if the network between you and your callers is yours alone"
         )
+    if config.token_file and not has_tls and not is_local(config):
+        raise ConfigError(
+            f"--token-file is given, --host is {config.host}, which others can reach, and there is no TLS: tokens would "
+            "travel in plaintext; give --tls-cert and --tls-key, or let what ends TLS for you reach this server on the "
+            "loopback or a unix socket"
+        )
     try:
         certificates = None
         if has_tls:

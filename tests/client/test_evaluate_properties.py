@@ -176,6 +176,9 @@ class Interrupted:
             raise Stop
         return BATCHES[self._order[index]]
 
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.__getitem__, range(len(self)))
+
     def on_batch(self, _: BatchResult) -> None:
         if self.count == self._counted:
             raise Stop

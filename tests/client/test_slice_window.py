@@ -112,7 +112,7 @@ def test_messages_of_medium_slices_hold_as_many_as_there_is_room_for() -> None:
         driver.add(f"{number:02}", 200_000)
         sent += driver.sent()
     sent += driver.sent(flush=True)
-    assert [len(message.requests) for _, message in sent] == [1, 20, 20, 9]
+    assert [len(message.requests) for _, message in sent] == [1, 41, 8]
     assert [name for _, message in sent for name in driver.names(message)] == [f"{number:02}" for number in range(50)]
 
 

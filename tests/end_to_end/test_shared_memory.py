@@ -81,14 +81,28 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_bits_are_those_of_the_wire(name: str, client: lossgrad.LossClient, wire: lossgrad.LossClient) -> None:
+def test_the_bits_are_those_of_the_wire(
+    name: str, client: lossgrad.LossClient, wire: lossgrad.LossClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = CALLS[name](wire)
+    client.smooth_l1(*pair(), gradient=True)  # there is a pool from now on
+    pool = pool_of(client)
+    take, taken = pool.take, []
+
+    def note(byte_count: int) -> Any:
+        taken.append(take(byte_count))
+        return taken[-1]
+
+    monkeypatch.setattr(pool, "take", note)
     for _ in range(2):  # the second time in regions that were used before
+        taken.clear()
         result = CALLS[name](client)
+        assert taken  # its tensors did not travel, whether or not an answer still lies there
+        assert all(taken)
         same(result, expected)
         gradient = (result[0] if isinstance(result, tuple) else result).gradient
         assert gradient is None or is_shared(gradient)
-        assert gradient is None or pool_of(client).in_use >= 1
+        assert gradient is None or pool.in_use >= 1
 
 
 def test_small_tensors_travel(client: lossgrad.LossClient) -> None:

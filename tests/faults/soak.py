@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -51,12 +52,18 @@ class Soak:
                 size = int(chance.choice([1, 7, 256, 5000, 300_000]))
                 beta = float(chance.choice([0.0, 0.5, 1.0]))
                 input, target = chance.standard_normal((2, size), np.float32)
-                wanted = torch.nn.functional.smooth_l1_loss(
-                    torch.from_numpy(input).double(), torch.from_numpy(target).double(), beta=beta
-                ).item()
+                leaf = torch.from_numpy(input).double().requires_grad_()
+                loss = torch.nn.functional.smooth_l1_loss(leaf, torch.from_numpy(target).double(), beta=beta)
+                loss.backward()  # type: ignore[no-untyped-call]
+                wanted = loss.item()
+                assert leaf.grad is not None
                 try:
                     if chance.random() < 0.5:
-                        got = [client.smooth_l1(input, target, beta=beta, gradient=True).value]
+                        result = client.smooth_l1(input, target, beta=beta, gradient=True)
+                        got = [result.value]
+                        off = np.abs(result.gradient - leaf.grad.numpy()).max() * size
+                        if not off <= TOLERANCE:
+                            self.problems.append(f"{size} elements, beta {beta}: a gradient is off by {off}")
                     else:
                         pairs = [(input, target)] * int(chance.integers(1, 8))
                         got = [one.value for one in client.stream(pairs, lossgrad.SmoothL1(beta=beta))]
@@ -121,7 +128,12 @@ class Soak:
             server.close()
         warm = samples[len(samples) // 3 :]
         last = warm[-1]
-        slope = (last[1] - warm[0][1]) / MIB / max(1.0, (last[0] - warm[0][0]) / 60)
+        # The allocator gives memory back when it likes: the median of the last third against that of the one before.
+        halves = warm[: len(warm) // 2] or warm, warm[len(warm) // 2 :]
+        (early, early_bytes), (late, late_bytes) = (
+            (statistics.median(one[0] for one in half), statistics.median(one[1] for one in half)) for half in halves
+        )
+        slope = (late_bytes - early_bytes) / MIB / max(1.0, (late - early) / 60)
         print(
             f"seed {self._seed}: {self.answers} answers, {len(self.problems)} problems, {len(samples)} faults; memory "
             f"{last[1] / MIB:.0f} MiB, {slope:+.2f} MiB a minute; descriptors {warm[0][2]} to {last[2]}; threads "

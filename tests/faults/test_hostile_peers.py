@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from h2.events import SettingsAcknowledged
 
 import lossgrad
 from lossgrad_api.codec import COMPUTE_LOSS, STREAM_COMPUTE_LOSS
@@ -110,6 +111,24 @@ def test_r13_a_connection_flood_is_refused_and_others_are_served(served: tuple[P
     print(f"\n2000 silent connections: {open_now} descriptors open; {again}; a new caller came in in {seconds:.2f} s")
     assert open_now < 200 + 100
     assert seconds < 5
+
+
+def test_calls_of_one_connection_are_bounded_whatever_it_was_told(served: tuple[Program, str]) -> None:
+    program, address = served
+    before = resident_bytes(program.process.pid)
+    with Victim(address) as victim:
+        with Peer(address) as peer:
+            peer.until(SettingsAcknowledged, 5)
+            header = peer.encoder.encode(headers_of())
+            for number in range(12_000):  # as frames, for h2 itself would keep to the limit
+                peer.raw(frame(http2.HEADERS, http2.END_HEADERS, 2 * number + 1, header))
+                header = header if number else peer.encoder.encode(headers_of())
+            time.sleep(0.5)
+            grown = resident_bytes(program.process.pid) - before
+            is_cut = peer.is_cut(TIMEOUT_SECONDS + 10)
+        again = victim.check(1.5)
+    print(f"\n12,000 calls without a body: {grown / MIB:.0f} MiB more; connection cut: {is_cut}; {again}")
+    assert grown < 160 * MIB
 
 
 def rapid_reset(peer: Peer) -> None:

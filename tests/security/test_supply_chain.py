@@ -157,7 +157,7 @@ def test_the_image_is_built_from_what_is_tested(name: str) -> None:
     assert {package: tested.get(package) for package in lock(name)} == lock(name)
 
 
-@pytest.mark.parametrize("extras", [("server", "cli"), ("dev",)], ids="+".join)
+@pytest.mark.parametrize("extras", [("server", "cli", "otel"), ("dev",)], ids="+".join)
 def test_the_lock_meets_every_requirement_of_pyproject(extras: tuple[str, ...]) -> None:
     locked = lock("dev.txt" if "dev" in extras else "image.txt")
     for requirement in asked_for(*extras):
@@ -170,7 +170,7 @@ def test_the_lock_meets_every_requirement_of_pyproject(extras: tuple[str, ...]) 
         assert build.specifier.contains(lock("build.txt")[canonicalize_name(build.name)].version), line
 
 
-@pytest.mark.parametrize(("name", "extras"), [("image.txt", ("server", "cli")), ("dev.txt", ("dev",))])
+@pytest.mark.parametrize(("name", "extras"), [("image.txt", ("server", "cli", "otel")), ("dev.txt", ("dev",))])
 def test_the_lock_is_whole_and_holds_nothing_else(name: str, extras: tuple[str, ...]) -> None:
     here = {package for package, locked in lock(name).items() if locked.here}
     assert needed(*extras) == here | {"torch"}

@@ -193,6 +193,14 @@ def test_a_file_that_cannot_be_used_is_one_line_without_its_tokens(tmp_path: Pat
         security(ServerConfig(token_file=str(path)))
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.1.2.3", "lossgrad.example", "[::]"])
+def test_tokens_are_taken_in_plaintext_from_this_machine_only(file: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match="tokens would travel in plaintext"):
+        security(ServerConfig(token_file=str(file), host=host, insecure=True))
+    for local in ("127.0.0.1", "localhost", "unix:/run/lossgrad.sock"):
+        assert security(ServerConfig(token_file=str(file), host=local)).tokens is not None
+
+
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         security(ServerConfig(token_file=str(tmp_path / "no")))

@@ -149,6 +149,7 @@ class EndlessCall:
     metadata: dict[str, str | bytes] = {}  # noqa: RUF012
     deadline = None
     peer = ""
+    begun_ns = 0
 
 
 def session_on(running: RunningServer, send: Callable[[bytes], Any]) -> AccumulationSession:

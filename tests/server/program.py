@@ -29,6 +29,7 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            errors="backslashreplace",  # gRPC's own lines show what a peer sent, as it came
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
         )
         self.logged: list[str] = []

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from lossgrad_api.codec import SERVICE
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from tests.server import losing_server
-from tests.server.calling import Connect, stub_on
+from tests.server.calling import Connect, answers_by_tag, message, stub_on
 from tests.server.program import Program
 from tests.server.requests import request
 from tests.server.serving import PATIENCE_SECONDS
@@ -86,7 +86,10 @@ def test_it_says_where_it_serves_and_after_sigterm_finishes_what_is_in_flight(
     assert not any(word in text for text in program.logged for word in ("ERROR", "WARNING", "Traceback", "Exception"))
 
 
-def test_a_second_signal_stops_it_at_once(start: Callable[..., Program], connect: Connect) -> None:
+@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_it_at_once(
+    start: Callable[..., Program], connect: Connect, again: signal.Signals
+) -> None:
     program = start("--port", "0", "--metrics-port", "-1", "--drain-grace-seconds", "600")
     line = program.ready_line()
     assert line.endswith(", metrics off")
@@ -94,13 +97,13 @@ def test_a_second_signal_stops_it_at_once(start: Callable[..., Program], connect
     program.signal(signal.SIGTERM)
     program.wait_until_logged("Draining")
     assert program.process.poll() is None
-    program.signal(signal.SIGINT)
+    program.signal(again)
     assert program.end() == 0  # long before the ten minutes of grace
     with pytest.raises(grpc.RpcError) as caught:
         list(stream.answers)
     stream.close()
     assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-    assert any("SIGINT received again" in text for text in program.logged)
+    assert any(f"{again.name} received again" in text for text in program.logged)
     assert not any("Traceback" in text for text in program.logged)
 
 
@@ -144,6 +147,31 @@ def test_a_port_that_is_taken_ends_it_with_2_and_one_line(start: Callable[..., P
     assert len(ours) == 1
     assert f"cannot listen on 127.0.0.1:{port}" in ours[0]
     assert not any("Traceback" in line for line in program.logged)
+
+
+def test_what_a_stream_has_under_way_when_the_device_is_lost_is_answered(
+    start: Callable[..., Program], connect: Connect
+) -> None:
+    program = start(
+        *("--port", "0", "--metrics-port", "-1", "--drain-delay-seconds", "0", "--drain-grace-seconds", "600"),
+        program=["-P", losing_server.__file__],
+    )
+    stub = stub_on(connect(program.address()))
+    losing = request([0.0] * losing_server.LOST_AT, [1.0] * losing_server.LOST_AT)
+    may_end = threading.Event()
+
+    def messages() -> Iterator[pb.StreamComputeLossRequest]:
+        yield message(losing, GOOD, GOOD)
+        may_end.wait(PATIENCE_SECONDS)  # the caller has not said that this is all
+
+    received = stub.StreamComputeLoss(messages(), timeout=PATIENCE_SECONDS)
+    answers = answers_by_tag(list(received))  # to the end of the stream, which the drain brings
+    may_end.set()
+    assert sorted(answers) == [0, 1, 2]
+    for answer in answers.values():
+        assert answer.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+        assert "the device cpu failed" in answer.error.message
+    assert program.end() == 3
 
 
 @pytest.mark.parametrize("is_streaming", [False, True])

@@ -88,6 +88,20 @@ def test_bulk_goes_after_all_others_until_it_has_waited_long() -> None:
     assert drained(line) == ["bulk", "prompt 1"]
 
 
+def test_neither_kind_of_caller_starves_the_other_however_much_waits() -> None:
+    now = [0]
+    line = Line(lambda: now[0])
+    for index in range(100):
+        line.append(job(f"bulk {index}", "b", is_bulk=True, queued_ns=0))
+    now[0] = int(AGED_SECONDS * 1e9) + 1
+    for index in range(60):
+        line.append(job(f"prompt {index}", "p", queued_ns=now[0]))
+    assert line.work_before(job("", "p")) == 60 * work_of(job("")) * 4 // 3
+    order = [name.split()[0] for name in drained(line)]
+    assert order[:80] == ["bulk", "prompt", "prompt", "prompt"] * 20  # a turn in four, and no more, while both wait
+    assert order[80:] == ["bulk"] * 80
+
+
 # ---- Pace and schedule ----
 
 

@@ -66,10 +66,12 @@ def test_an_encoded_request_is_byte_for_byte_what_the_generated_class_writes(req
 def test_an_encoded_stream_message_is_byte_for_byte_what_the_generated_class_writes(
     message: pb.StreamComputeLossRequest,
 ) -> None:
-    for tagged in message.requests:
+    for number, tagged in enumerate(message.requests):
         tagged.request.SetInParent()
+        tagged.tag = number
     entries = [(tagged.tag, tagged.timeout_ns, [tagged.request.SerializeToString()]) for tagged in message.requests]
-    assert codec.encode_stream_request(entries) == message.SerializeToString(deterministic=True)
+    traces = {tagged.tag: codec.encode_trace(tagged.traceparent, tagged.tracestate) for tagged in message.requests}
+    assert codec.encode_stream_request(entries, traces) == message.SerializeToString(deterministic=True)
 
 
 def test_encoding_leaves_tensor_data_where_they_are_until_the_parts_are_joined() -> None:
@@ -119,8 +121,27 @@ def test_a_stream_message_in_any_legal_form_reads_as_the_generated_class_reads_i
         (tagged.tag, tagged.timeout_ns) for tagged in expected.requests
     ]
     for entry, tagged in zip(entries, expected.requests, strict=True):
+        context = (tagged.traceparent, tagged.tracestate)
+        if len(tagged.traceparent.encode()) <= 64 and all(text.isascii() for text in context):
+            assert entry.trace == (context if tagged.traceparent else None)
         assert pb.ComputeLossRequest.FromString(entry.data[entry.start : entry.end]) == tagged.request
         assert_reads_like_the_generated_class(entry.data, entry.start, entry.end)
+
+
+def test_trace_contexts_are_bounded_and_do_not_use_up_the_room_for_headers() -> None:
+    context = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
+    entries = [(tag, 0, [b""]) for tag in range(1, 1001)]
+    traces = {tag: codec.encode_trace(context, "a=" + "b" * 400) for tag in range(1, 1001)}
+    assert all(
+        entry.trace == (context, "a=" + "b" * 400)
+        for entry in codec.split_stream_request(codec.encode_stream_request(entries, traces), 1000)
+    )
+    too_long = wire.delimited(1, wire.key(1, 0) + b"\x01" + wire.delimited(4, b"x" * 65))
+    (entry,) = codec.split_stream_request(too_long, 1)
+    assert entry.trace is None
+    assert codec.encode_trace(context, "a=" + "b" * 600) == codec.encode_trace(context)
+    with pytest.raises(codec.HeaderTooLarge):
+        codec.split_stream_request(wire.delimited(1, wire.delimited(4, b"x" * 64) * 1000), 1)
 
 
 def test_what_is_read_are_views_into_the_received_bytes() -> None:

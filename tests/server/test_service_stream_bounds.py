@@ -73,6 +73,7 @@ class StalledCall:
     metadata: dict[str, str | bytes] = {}  # noqa: RUF012
     deadline = None
     peer = "inproc"
+    begun_ns = 0
 
 
 @pytest.mark.parametrize(

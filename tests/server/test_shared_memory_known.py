@@ -15,6 +15,7 @@ from lossgrad_server.jobs import JobPlan
 from lossgrad_server.shared_memory.rules import Budget
 from lossgrad_server.shared_memory.segments import Segments, why_impossible
 from lossgrad_server.transport.checks import RequestChecker
+from lossgrad_server.transport.shared_tensors import KnownSharedRequests
 from lossgrad_server.work import WorkItem
 from tests.server.requests import L1, SMOOTH_L1, tensor, zeros
 
@@ -164,6 +165,50 @@ def test_small_tensors_that_came_along_are_the_requests_own(
     assert not parsed
     assert bytes(item.operands[1]) == one.target.data
     assert bytes(item.operands[0]) == bytes(segments.part("input", tokens[0], 8, 8))
+
+
+def test_any_number_of_sizes_are_known_at_a_time(segments: Segments, tokens: list[bytes], parsed: list[int]) -> None:
+    """Requests for tensors of any size have as many bytes."""
+    paint(segments)
+    checker = RequestChecker(1 << 20, segments)
+    requests = [
+        pb.ComputeLossRequest(
+            specs=[SMOOTH_L1], input=shared(tokens[0], 8, count), target=shared(tokens[1], 16, count),
+            outputs=place(tokens[0], 40_000, 8192),
+        ).SerializeToString()
+        for count in range(1, 200)
+    ]  # fmt: skip
+    assert len({len(one) for one in requests}) == 1
+    for one in requests:
+        checker.check(one)
+    parsed.clear()
+    found = [checker.check(one) for one in requests]
+    assert not parsed
+    for count, (plan, item, _) in enumerate(found, 1):
+        assert plan.input.shape == (count,)
+        assert [len(operand) for operand in item.operands] == [4 * count, 4 * count]
+        assert [len(one) for one in item.destinations if one is not None] == [4 * count]
+
+
+def test_how_many_are_known_is_bounded(
+    segments: Segments, tokens: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KnownSharedRequests, "_MAX_KNOWN", 10)
+    known = KnownSharedRequests(segments)
+    checker = RequestChecker(1 << 20, segments)
+    for count in range(1, 50):
+        for specs in range(1, 8):
+            one = pb.ComputeLossRequest(
+                specs=[L1] * specs, input=shared(tokens[0], 8, count), target=shared(tokens[1], 16, count)
+            )
+            data = one.SerializeToString()
+            plan, _, _ = checker.check(data)
+            known.remember(data, 0, len(data), plan)
+            found = known.find(data, 0, len(data))
+            assert found is not None
+            assert found[0] == plan
+            kept = [len(alike) for layouts in known._known.values() for alike in layouts.values()]
+            assert 0 < sum(kept) == known._count <= 10
 
 
 def test_what_names_itself_is_read_every_time(segments: Segments, tokens: list[bytes], parsed: list[int]) -> None:

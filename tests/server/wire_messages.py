@@ -48,10 +48,18 @@ requests = st.builds(
     target=st.none() | tensors,
     input=st.none() | tensors,
 )
+TRACE_TEXT = st.just("") | st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=70)
 stream_requests = st.builds(
     pb.StreamComputeLossRequest,
     requests=st.lists(
-        st.builds(pb.TaggedRequest, tag=INT64, timeout_ns=INT64, request=st.none() | requests),
+        st.builds(
+            pb.TaggedRequest,
+            tag=INT64,
+            timeout_ns=INT64,
+            request=st.none() | requests,
+            traceparent=TRACE_TEXT,
+            tracestate=TRACE_TEXT,
+        ),
         max_size=4,
     ),
 )
@@ -211,7 +219,15 @@ request_bytes = soup(
 )
 stream_request_bytes = soup(
     payload_field(
-        1, soup(number_field(1), number_field(2), payload_field(3, request_bytes), known=frozenset((1, 2, 3)))
+        1,
+        soup(
+            number_field(1),
+            number_field(2),
+            payload_field(3, request_bytes),
+            text_field(4),
+            text_field(5),
+            known=frozenset(range(1, 6)),
+        ),
     ),
     known=frozenset((1,)),
     max_size=4,

@@ -149,14 +149,18 @@ class StreamComputeLossResponse(_message.Message):
     def __init__(self, responses: _Optional[_Iterable[_Union[TaggedResponse, _Mapping]]] = ...) -> None: ...
 
 class TaggedRequest(_message.Message):
-    __slots__ = ("tag", "timeout_ns", "request")
+    __slots__ = ("tag", "timeout_ns", "request", "traceparent", "tracestate")
     TAG_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_NS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     tag: int
     timeout_ns: int
     request: ComputeLossRequest
-    def __init__(self, tag: _Optional[int] = ..., timeout_ns: _Optional[int] = ..., request: _Optional[_Union[ComputeLossRequest, _Mapping]] = ...) -> None: ...
+    traceparent: str
+    tracestate: str
+    def __init__(self, tag: _Optional[int] = ..., timeout_ns: _Optional[int] = ..., request: _Optional[_Union[ComputeLossRequest, _Mapping]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
 
 class TaggedResponse(_message.Message):
     __slots__ = ("tag", "response", "error")

@@ -1,7 +1,8 @@
 """A line of waiting jobs in which every caller has a turn: one with thousands of requests does not hold up one with one.
 
 Jobs of one caller keep their order. Two kinds of caller are told apart: those whose requests somebody waits for, and bulk,
-which goes after them, but not behind them for ever: a bulk job that has waited for AGED_SECONDS takes its turn too.
+which goes after them, but not behind them for ever: where a bulk job has waited for AGED_SECONDS, bulk has one turn in
+BULK_TURNS. So bulk gets on however much others ask for, and however much bulk waits, the others keep the rest.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Final
 from lossgrad_server.batching.job import Job
 
 AGED_SECONDS: Final = 0.5
+BULK_TURNS: Final = 4
 
 # A request costs something beside its elements; about as much as computing so many.
 REQUEST_WORK: Final = 2000
@@ -95,6 +97,7 @@ class Line:
         self._prompt = FairLine()
         self._bulk = FairLine()
         self._clock_ns = clock_ns
+        self._turns_since_bulk = BULK_TURNS
 
     def __len__(self) -> int:
         """Return how many jobs wait."""
@@ -112,7 +115,10 @@ class Line:
 
     def work_before(self, job: Job) -> int:
         """Return how much would be done before a job that came now."""
-        return self.work if job.origin.is_bulk else self._prompt.work
+        if job.origin.is_bulk:
+            return self.work
+        before = self._prompt.work
+        return before + min(self._bulk.work, before // (BULK_TURNS - 1)) if self._is_bulk_aged() else before
 
     @property
     def first(self) -> Job:
@@ -125,7 +131,9 @@ class Line:
 
     def popleft(self) -> Job:
         """Take the job whose turn it is."""
-        return self._next().popleft()
+        line = self._next()
+        self._turns_since_bulk = 0 if line is self._bulk else self._turns_since_bulk + 1
+        return line.popleft()
 
     def take(self, is_wanted: Callable[[Job], bool]) -> list[Job]:
         """Take the jobs that are wanted, wherever they are."""
@@ -136,6 +144,8 @@ class Line:
             return self._prompt
         if not self._prompt:
             return self._bulk
-        is_aged = self._clock_ns() - self._bulk.first.queued_ns > AGED_SECONDS * 1e9
-        # Of two lines with aged jobs the older job is first, so that bulk cannot hold up the others either.
-        return self._bulk if is_aged and self._bulk.first.queued_ns < self._prompt.first.queued_ns else self._prompt
+        is_bulks_turn = self._turns_since_bulk >= BULK_TURNS - 1 and self._is_bulk_aged()
+        return self._bulk if is_bulks_turn else self._prompt
+
+    def _is_bulk_aged(self) -> bool:
+        return bool(self._bulk) and self._clock_ns() - self._bulk.first.queued_ns > AGED_SECONDS * 1e9

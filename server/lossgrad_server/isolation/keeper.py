@@ -83,7 +83,7 @@ class _Nursery:
         self.channel = ours
         paths = [path or os.getcwd() for path in sys.path]  # noqa: PTH109
         with theirs:
-            self._program = subprocess.Popen(  # noqa: S603
+            self._program = subprocess.Popen(  # noqa: S603 - our own program
                 settings.command(theirs.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # a server's standard output is for its one line

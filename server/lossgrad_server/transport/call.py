@@ -32,6 +32,10 @@ class Call(Protocol):
         """When the caller stops waiting, on time.monotonic's clock, in seconds. None: never."""
 
     @property
+    def begun_ns(self) -> int:
+        """When the call came, on perf_counter_ns's clock."""
+
+    @property
     def peer(self) -> str:
         """Where the call comes from, as gRPC writes it: "ipv4:127.0.0.1:51234", "unix:"; "inproc" in this process."""
 

@@ -16,7 +16,7 @@ from grpc_status import rpc_status
 from lossgrad_server.errors import InternalError, Reason, RequestError, TooLarge
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.transport.call import Method, is_late
-from lossgrad_server.transport.status import pushback, to_status
+from lossgrad_server.transport.status import new_request_id, pushback, to_status
 from lossgrad_server.transport.tokens import TokenGuard, Tokens
 from lossgrad_server.transport.transfers import COUNTED_BYTES, Receiving, Unsent
 
@@ -29,6 +29,7 @@ _LIMIT_SLACK_BYTES: Final = 1 << 20
 _MAX_METADATA_BYTES: Final = 16 * 1024
 
 _MAX_PENDING_CALLS: Final = 8192
+_MAX_STREAMS: Final = 4096
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -132,6 +133,9 @@ def server_options(
         # Finds peers that are gone without a word, and those that read nothing at all.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        # Of one connection; what a client has beyond waits on its side, without an error. A call without a body costs 20 kB
+        # until its read deadline, and twice as many as the queue takes would only be refused.
+        ("grpc.max_concurrent_streams", _MAX_STREAMS),
         # Calls that wait for the event loop. Beyond a thousand gRPC throws dice and resets some of them, which their callers
         # see as CANCELLED: a burst would lose calls that admission would have taken, or refused with a push-back. So many
         # are four seconds of a busy event loop, and cost 200 MB at most.
@@ -148,17 +152,19 @@ def server_options(
 
 
 class StalledPeer(Exception):
-    """The caller does not read what it is sent."""
+    """The caller does not read what it is sent, or is gone."""
 
 
 class GrpcCall:
     """`Call` over grpcio's context."""
 
-    __slots__ = ("_context", "_metadata", "deadline", "method")
+    __slots__ = ("_context", "_metadata", "_started", "deadline", "method")
 
-    def __init__(self, method: str, context: Context) -> None:
+    def __init__(self, method: str, context: Context, started: float) -> None:
+        """`started` is when the call came, on perf_counter's clock."""
         self.method = method
         self._context = context
+        self._started = started
         self._metadata: Mapping[str, str | bytes] | None = None
         remaining = context.time_remaining()
         # When the caller stops waiting, on time.monotonic's clock.
@@ -170,6 +176,11 @@ class GrpcCall:
         if self._metadata is None:
             self._metadata = dict(self._context.invocation_metadata() or ())
         return self._metadata
+
+    @property
+    def begun_ns(self) -> int:
+        """When the call came, on perf_counter_ns's clock."""
+        return int(self._started * 1e9)
 
     @property
     def peer(self) -> str:
@@ -198,7 +209,7 @@ def _unary(method: Method, metrics: Metrics, limits: _Limits) -> Any:
         limits.under_way.begin(context)
         started = watch.started()
         code = "OK"
-        call = GrpcCall(method.name, context)
+        call = GrpcCall(method.name, context, started)
         try:
             unsent.check(context.peer)
             request = await receiving.message(context)
@@ -241,6 +252,8 @@ def _stream(method: Method, metrics: Metrics, limits: _Limits) -> Any:
             try:
                 async with asyncio.timeout(timeout_seconds):
                     await context.write(message)
+            except grpc.aio.InternalError:  # the caller has hung up, and the call's cancellation is on its way here
+                raise StalledPeer from None
             except TimeoutError:
                 logger.warning("Cut off a stream whose caller has read nothing for %s s", timeout_seconds)
                 raise StalledPeer from None
@@ -249,7 +262,7 @@ def _stream(method: Method, metrics: Metrics, limits: _Limits) -> Any:
         limits.under_way.begin(context)
         started = watch.started()
         code = "OK"
-        call = GrpcCall(method.name, context)
+        call = GrpcCall(method.name, context, started)
         try:
             await handler(received(), send, call)
             if call.deadline is not None and time.monotonic() >= call.deadline:
@@ -317,8 +330,12 @@ def as_request_error(exception: Exception, method: str) -> RequestError:
     """Return what the caller is told of a handler's exception. Whatever we did not raise is a bug of ours."""
     if isinstance(exception, RequestError):
         return exception
-    logger.error("%s failed", method, exc_info=exception)
-    return InternalError()
+    error = InternalError()
+    error.request_id = new_request_id()
+    logger.error(
+        "%s failed, request %s", method, error.request_id, exc_info=exception, extra={"request_id": error.request_id}
+    )
+    return error
 
 
 async def _abort(context: Context, error: RequestError) -> None:

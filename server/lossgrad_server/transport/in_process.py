@@ -21,7 +21,7 @@ from google.rpc import status_pb2
 
 from lossgrad_server.errors import Code, InternalError, Reason, RequestError
 from lossgrad_server.transport.call import Method, UnaryHandler
-from lossgrad_server.transport.status import pushback, to_status
+from lossgrad_server.transport.status import new_request_id, pushback, to_status
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class InProcessCall:
         self.metadata: Mapping[str, str | bytes] = dict(metadata or ())
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self.peer = "inproc"
+        self.begun_ns = time.perf_counter_ns()
 
 
 class InProcessChannel:
@@ -243,8 +244,10 @@ async def _answer(handler: UnaryHandler, request: bytes, call: InProcessCall) ->
 def _as_rpc_error(exception: Exception) -> InProcessError:
     if isinstance(exception, RequestError):
         return InProcessError(to_status(exception, exception.request_id), pushback(exception))
-    logger.error("A handler failed", exc_info=exception)
-    return InProcessError(to_status(InternalError()))
+    error = InternalError()
+    error.request_id = new_request_id()
+    logger.error("Request %s failed", error.request_id, exc_info=exception, extra={"request_id": error.request_id})
+    return InProcessError(to_status(error, error.request_id))
 
 
 def _unknown(path: str) -> InProcessError:

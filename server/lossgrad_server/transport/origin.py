@@ -23,17 +23,24 @@ def caller_of(peer: str) -> str:
 class CallOrigin:
     """The `Origin` of a call's requests."""
 
-    def __init__(self, call: Call, *, is_bulk: bool = False) -> None:
-        """`is_bulk`: these requests can wait, whatever the call says of itself."""
-        self._call = call
+    def __init__(self, call: Call, *, is_bulk: bool = False, trace: tuple[str, str] | None = None) -> None:
+        """`is_bulk`: these requests can wait, whatever the call says. `trace` is the trace context of one of them."""
+        self.call = call
+        self.trace = trace
         self._is_bulk = is_bulk
+
+    def traced(self, trace: tuple[str, str]) -> CallOrigin:
+        """Return the origin of a request of this call that has a trace context of its own."""
+        origin = CallOrigin(self.call, is_bulk=self._is_bulk, trace=trace)
+        vars(origin).update({name: vars(self)[name] for name in ("caller", "is_bulk") if name in vars(self)})
+        return origin
 
     @cached_property
     def caller(self) -> str:
         """Whose turn it is: `caller_of` the peer."""
-        return caller_of(self._call.peer)
+        return caller_of(self.call.peer)
 
     @cached_property
     def is_bulk(self) -> bool:
         """Whether the call says of itself that its requests can wait."""
-        return self._is_bulk or self._call.metadata.get(PRIORITY_KEY) == BULK
+        return self._is_bulk or self.call.metadata.get(PRIORITY_KEY) == BULK

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from lossgrad_api.codec import Buffer
 from lossgrad_api.raw_bytes import join_without_gil
@@ -21,6 +21,7 @@ from lossgrad_server.batching.job import BatchFacts, Computed, Job, Outcome
 from lossgrad_server.errors import InternalError, Reason, RequestError, Unavailable
 from lossgrad_server.jobs import JobPlan
 from lossgrad_server.metrics import Metrics
+from lossgrad_server.transport.alike import AlikeRequests
 from lossgrad_server.transport.answer_memory import AnswerMemory
 from lossgrad_server.transport.answers import (
     answer_memory,
@@ -31,9 +32,14 @@ from lossgrad_server.transport.answers import (
 )
 from lossgrad_server.transport.call import is_late
 from lossgrad_server.transport.checks import RequestChecker
+from lossgrad_server.transport.origin import CallOrigin
 from lossgrad_server.transport.shared_tensors import SharedMemoryParts, copy, misplaced
+from lossgrad_server.transport.status import new_request_id
 from lossgrad_server.transport.transfers import Unsent
 from lossgrad_server.work import WorkItem
+
+if TYPE_CHECKING:
+    from lossgrad_server.tracing import RequestSpan, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +60,8 @@ class PendingRequest(Job):
     What all protocols share is here; what a computed job looks like on the wire is a subclass's `_encode`.
     """
 
-    __slots__ = ("_on_answer", "_pipeline", "_started_ns", "api")
+    __slots__ = ("_on_answer", "_pipeline", "_span", "_started_ns", "api")
+    _is_sent_later = False  # whether somebody calls `sent` when the answer is handed over
 
     def __init__(
         self,
@@ -78,6 +85,11 @@ class PendingRequest(Job):
     def started_ns(self) -> int:
         """When its bytes were there, on perf_counter_ns's clock."""
         return self._started_ns
+
+    @property
+    def own_id(self) -> str:
+        """The caller's name for it, "" without."""
+        return ""
 
     def abandon(self) -> None:
         """Take note that the call has ended before its answer. If that is its deadline's doing, it counts as late."""
@@ -109,8 +121,15 @@ class PendingRequest(Job):
         copying = asyncio.get_running_loop().run_in_executor(None, _placed, place, outcome)
         copying.add_done_callback(lambda done: self._finish(done.result()))
 
+    def sent(self) -> None:
+        """Take note that the answer was handed over. To be called only where requests are traced."""
+        if self._span is not None:
+            self._span.sent()
+
     def _finish(self, outcome: Outcome) -> None:
         answer: Answer
+        tracer = self._pipeline.tracer
+        begun_ns = 0 if tracer is None else time.perf_counter_ns()
         if not isinstance(outcome, RequestError):
             try:
                 answer = self._encode(outcome)
@@ -122,16 +141,35 @@ class PendingRequest(Job):
                 logger.exception("Making an answer failed")
                 outcome = InternalError()
         if isinstance(outcome, RequestError):
+            outcome.request_id = outcome.request_id or self.own_id or new_request_id()
             self._pipeline.metrics.failed(self.plan, self.api, outcome)
             self._failed()
             answer = outcome
+        self._span = None if tracer is None else self._traced(tracer, outcome, begun_ns)
+        if isinstance(outcome, InternalError):
+            trace_id = {} if self._span is None else {"trace_id": self._span.trace_id}
+            request_id = outcome.request_id
+            logger.error("Request %s was answered INTERNAL", request_id, extra={"request_id": request_id, **trace_id})
         self._on_answer(self, answer)
+        if tracer is not None and (answer is outcome or not self._is_sent_later):
+            self.sent()
+
+    def _traced(self, tracer: Tracer, outcome: Outcome, begun_ns: int) -> RequestSpan | None:
+        origin = self.origin
+        if not isinstance(origin, CallOrigin):
+            return None
+        span = tracer.answered(self, outcome, call=origin.call, own=origin.trace, encoded_from_ns=begun_ns)
+        if span is not None and not isinstance(outcome, RequestError):
+            seconds = (time.perf_counter_ns() - self._started_ns) * 1e-9
+            self._pipeline.metrics.traced(self.plan, self.api, seconds, outcome, span.trace_id)
+        return span
 
 
 class PendingComputeLoss(PendingRequest):
     """A ComputeLossRequest, answered with the parts of a ComputeLossResponse."""
 
     __slots__ = ("_is_placed", "_memory", "idempotency_key", "tag")
+    _is_sent_later = True
 
     def __init__(
         self,
@@ -157,6 +195,11 @@ class PendingComputeLoss(PendingRequest):
             if self._memory is not None:
                 item = WorkItem(item.header, item.operands, (self._memory.data,))
         super().__init__(pipeline, plan, item, started_ns=started_ns, api=api, deadline=deadline, on_answer=on_answer)
+
+    @property
+    def own_id(self) -> str:
+        """The idempotency key."""
+        return self.idempotency_key
 
     def _placing(self, computed: Computed) -> Placing | None:
         if not self._is_placed:
@@ -195,8 +238,13 @@ class RequestPipeline:
         max_message_bytes: int,
         memory: SharedMemoryParts | None = None,
         unsent: Unsent | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
-        """`memory` is what the server shares with its callers, if it shares any; `unsent` counts what they do not read."""
+        """`memory` is what the server shares with its callers, if it shares any; `unsent` counts what they do not read.
+
+        `tracer` makes the requests' spans, if any are wanted.
+        """
+        self.tracer = tracer
         self.batcher = batcher
         self.metrics = metrics
         self.memory = memory
@@ -208,7 +256,7 @@ class RequestPipeline:
         self.on_done = self._done  # the same object for every request: so the batcher hands them back together
         # What ends the reading of each stream: a server that drains must not wait for callers who keep one open.
         self.end_reading: set[Callable[[], object]] = set()
-        self._alike: list[_Alike] = []  # answered, and not yet counted
+        self._alike: list[AlikeRequests] = []  # answered, and not yet counted
         self._is_answering = False
         # The last batch's stats, for requests that waited this long.
         self._stats: tuple[BatchFacts | None, int, bytes] = (None, 0, b"")
@@ -305,7 +353,7 @@ class RequestPipeline:
         is_nonfinite = has_nonfinite(computed)
         alike = self._alike[-1] if self._alike else None
         if alike is None or not alike.takes(request, computed):
-            alike = _Alike(request, computed)
+            alike = AlikeRequests(request, computed)
             self._alike.append(alike)
         alike.times += 1
         alike.nonfinite += is_nonfinite
@@ -336,28 +384,6 @@ class RequestPipeline:
             metrics.stage("queue", one.queue_ns, one.times)
             seconds = (now_ns - one.started_ns) * 1e-9
             metrics.of_request(one.plan, one.api).done(seconds, one.plan.element_count, one.times, one.nonfinite)
-
-
-class _Alike:
-    """Answered requests that are equal in all that metrics tell apart."""
-
-    __slots__ = ("api", "nonfinite", "plan", "queue_ns", "started_ns", "times")
-
-    def __init__(self, request: PendingRequest, computed: Computed) -> None:
-        self.plan = request.plan
-        self.api = request.api
-        self.started_ns = request.started_ns
-        self.queue_ns = computed.queue_ns
-        self.times = self.nonfinite = 0
-
-    def takes(self, request: PendingRequest, computed: Computed) -> bool:
-        """Whether a request is another of these."""
-        return (
-            request.plan is self.plan
-            and request.started_ns == self.started_ns
-            and computed.queue_ns == self.queue_ns
-            and request.api == self.api
-        )
 
 
 def _going_down() -> Unavailable:

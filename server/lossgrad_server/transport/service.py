@@ -69,7 +69,13 @@ class LossService:
 
         metrics = self._pipeline.metrics
         metrics.request_bytes.labels(API).observe(len(request))
-        pending = self._pipeline.open(request, 0, None, api=API, deadline=call.deadline, on_answer=on_answer)
+        tracer = self._pipeline.tracer
+        try:
+            pending = self._pipeline.open(request, 0, None, api=API, deadline=call.deadline, on_answer=on_answer)
+        except RequestError as error:
+            if tracer is not None:
+                tracer.refused(error, call, None, call.begun_ns)
+            raise
         pending.origin = CallOrigin(call)
         self._pipeline.submit([pending])
         try:
@@ -78,9 +84,11 @@ class LossService:
             pending.abandon()
             raise
         if isinstance(answer, RequestError):
-            answer.request_id = pending.idempotency_key
             raise answer
-        return await joined(answer, API, metrics)
+        message = await joined(answer, API, metrics)
+        if tracer is not None:
+            pending.sent()
+        return message
 
     async def stream_compute_loss(self, messages: AsyncIterator[bytes], send: Send, call: Call) -> None:
         """Answer StreamComputeLossRequests with StreamComputeLossResponses."""

@@ -83,30 +83,42 @@ class KnownSharedRequests:
     Parsing and checking such a request takes ten times as long as finding it here. Its places are checked every time.
     """
 
-    _MAX_LENGTHS: Final = 1024
-    _MAX_OF_ONE_LENGTH: Final = 4
+    _MAX_KNOWN: Final = 4096
+    _MAX_LAYOUTS_OF_ONE_LENGTH: Final = 4
 
     def __init__(self, memory: SharedMemoryParts) -> None:
         self._memory = memory
-        self._known: dict[int, list[_Known]] = {}  # by length
+        self._count = 0
+        # By length, then by layout, then by what all requests of a form have in common. Shapes have a fixed width, so that
+        # requests for tensors of any size are of one length, and mostly of one layout.
+        self._known: dict[int, dict[str, dict[Any, _Known]]] = {}
 
     def remember(self, data: bytes, start: int, end: int, plan: JobPlan) -> None:
         """Remember the plan of `data[start:end]`, which was checked without an error; no tensor of it is empty."""
         form = shared_form(data, start, end)
         if form is None:
             return
-        if len(self._known) >= self._MAX_LENGTHS:  # rare enough that starting over is the simplest bound
+        if self._count >= self._MAX_KNOWN:  # rare enough that starting over is the simplest bound
             self._known.clear()
-        alike = self._known.setdefault(end - start, [])
-        del alike[self._MAX_OF_ONE_LENGTH - 1 :]
-        alike.insert(0, _Known(form, plan, _output_spans(plan)))
+            self._count = 0
+        layouts = self._known.setdefault(end - start, {})
+        if form.layout not in layouts and len(layouts) >= self._MAX_LAYOUTS_OF_ONE_LENGTH:
+            self._count -= len(layouts.pop(next(iter(layouts))))
+        alike = layouts.setdefault(form.layout, {})
+        before = len(alike)
+        alike[form.fixed(form.values)] = _Known(form, plan, _output_spans(plan))
+        self._count += len(alike) - before
 
     def find(self, data: bytes, start: int, end: int) -> tuple[JobPlan, WorkItem] | None:
         """Return the plan and what the worker needs; None for a request that is not known. Raises RequestError."""
-        for form, plan, output_spans in self._known.get(end - start, ()):
-            places = form.places(data, start)
-            if places is None:
+        for alike in self._known.get(end - start, _NOTHING).values():
+            first = next(iter(alike.values())).form
+            values = first.unpack(data, start)
+            known = alike.get(first.fixed(values))
+            if known is None:
                 continue
+            form, plan, output_spans = known
+            places = form.places(values, data, start)
             operands: list[Buffer] = [
                 self._memory.part(name, *place).toreadonly() if isinstance(place, tuple) else place
                 for name, place in zip(form.names, places.operands, strict=True)
@@ -116,6 +128,9 @@ class KnownSharedRequests:
             room = self._memory.part("outputs", *places.outputs)
             return plan, WorkItem(plan.header, tuple(operands), tuple([room[begin:end] for begin, end in output_spans]))
         return None
+
+
+_NOTHING: Final[dict[str, dict[Any, _Known]]] = {}
 
 
 def _output_spans(plan: JobPlan) -> tuple[tuple[int, int], ...]:

@@ -19,7 +19,7 @@ def to_status(error: RequestError, request_id: str = "") -> status_pb2.Status:
     `request_id` is the caller's idempotency key; where there is none a new one is made, so that an error can be named.
     """
     info = error_details_pb2.ErrorInfo(
-        reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id or uuid.uuid4().hex}
+        reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id or new_request_id()}
     )
     details = [_pack(info)]
     if error.field is not None:
@@ -32,6 +32,11 @@ def to_status(error: RequestError, request_id: str = "") -> status_pb2.Status:
         delay.FromNanoseconds(round(error.retry_after_seconds * 1e9))
         details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
     return status_pb2.Status(code=error.code, message=error.message, details=details)
+
+
+def new_request_id() -> str:
+    """Return a name for a request whose caller gave it none: so that its error can be found in the log."""
+    return uuid.uuid4().hex
 
 
 def pushback(error: RequestError) -> tuple[tuple[str, str], ...]:

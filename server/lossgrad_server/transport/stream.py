@@ -17,7 +17,6 @@ from google.rpc import status_pb2
 
 from lossgrad_api import codec
 from lossgrad_api.raw_bytes import join_without_gil
-from lossgrad_server.batching.job import ANYONE, Origin
 from lossgrad_server.errors import InvalidRequest, Reason, RequestError
 from lossgrad_server.transport.call import Call, Send
 from lossgrad_server.transport.checks import malformed
@@ -56,7 +55,7 @@ class StreamSession:
         self._has_answers = asyncio.Event()
         self._has_room = asyncio.Event()
         self._is_read_out = False
-        self._origin: Origin = ANYONE
+        self._origin: CallOrigin
 
     async def run(self, messages: AsyncIterator[bytes], call: Call) -> None:
         """Serve the call to its end."""
@@ -104,7 +103,8 @@ class StreamSession:
         started_ns = time.perf_counter_ns()
         opened: list[PendingComputeLoss] = []
         open_request, on_answer = self._pipeline.open, self._on_answer
-        for tag, timeout_ns, data, start, end in tagged_requests:
+        tracer = self._pipeline.tracer
+        for tag, timeout_ns, data, start, end, trace in tagged_requests:
             self._inside_requests += 1
             try:
                 deadline = _deadline(now, timeout_ns, stream_deadline) if timeout_ns else stream_deadline
@@ -113,8 +113,10 @@ class StreamSession:
                 )
             except RequestError as error:
                 self._put(tag, to_status(error, error.request_id), 0)
+                if tracer is not None:
+                    tracer.refused(error, self._origin.call, trace, started_ns)
             else:
-                request.origin = self._origin
+                request.origin = self._origin if trace is None else self._origin.traced(trace)
                 self._inside_bytes += request.byte_count
                 opened.append(request)
             if time.monotonic() - turn_started > TURN_SECONDS:
@@ -132,14 +134,25 @@ class StreamSession:
     def _on_answer(self, request: PendingComputeLoss, answer: Answer) -> None:
         self._pending.remove(request)
         if isinstance(answer, RequestError):
-            self._put(request.tag, to_status(answer, request.idempotency_key), request.byte_count)
+            self._put(request.tag, to_status(answer, answer.request_id), request.byte_count)
         else:
-            self._put(request.tag, answer, request.byte_count)
+            on_sent = None if self._pipeline.tracer is None else request.sent
+            self._put(request.tag, answer, request.byte_count, on_sent)
 
-    def _put(self, tag: int, outcome: Sequence[codec.Buffer] | status_pb2.Status, byte_count: int) -> None:
-        if not self._is_over:
-            self._outbox.append((tag, outcome, byte_count, self._pipeline.unsent.hold(self._peer, byte_count)))
-            self._has_answers.set()
+    def _put(
+        self,
+        tag: int,
+        outcome: Sequence[codec.Buffer] | status_pb2.Status,
+        byte_count: int,
+        on_sent: Callable[[], None] | None = None,
+    ) -> None:
+        if self._is_over:
+            return
+        let_go = self._pipeline.unsent.hold(self._peer, byte_count)
+        if on_sent is not None:
+            let_go = _both(let_go, on_sent)
+        self._outbox.append((tag, outcome, byte_count, let_go))
+        self._has_answers.set()
 
     async def _write(self) -> None:
         while True:
@@ -178,6 +191,14 @@ class StreamSession:
         self._inside_requests -= len(entries)
         self._inside_bytes -= held_bytes
         self._has_room.set()
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def both() -> None:
+        first()
+        second()
+
+    return both
 
 
 def _size(outcome: Sequence[codec.Buffer] | status_pb2.Status) -> int:

@@ -29,6 +29,7 @@ class InProcess:
     metadata: Mapping[str, str | bytes] = {}
     deadline = None
     peer = "inproc"
+    begun_ns = 0
 
 
 def method_of(server: RunningServer, name: str) -> Method:

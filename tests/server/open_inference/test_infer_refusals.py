@@ -150,7 +150,7 @@ REFUSALS: dict[str, tuple[Any, int, str, str]] = {
         masked("MASK", np.ones((1, 3), "?")),
         INVALID_ARGUMENT,
         "SHAPE_MISMATCH",
-        "MASK has shape [1, 3], INPUT [2, 3]; send equal shapes",
+        "MASK has shape [1, 3], INPUT [2, 3]; send equal shapes, or one element a row, [2, 1]",
     ),
     "too few bytes": (
         changed(lambda request: request.raw_input_contents.__setitem__(1, bytes(20))),

@@ -179,6 +179,27 @@ def test_weight_and_mask_may_each_be_left_out(triton: Any, stub: LossServiceStub
         check_equal(outputs, native(stub, "mse_masked_grad", some, None), some)
 
 
+@pytest.mark.parametrize("shape", [(5, 33), (3, 4, 5), (1, 7), (300, 1000), (3, 0), (0, 3)], ids=str)
+@pytest.mark.parametrize("reduction", ["sample_mean", "sample_sum", "mean", "sum", "none"])
+def test_a_weight_or_mask_of_one_element_a_row_is_one_of_the_rows_elements_each(
+    triton: Any, shape: tuple[int, ...], reduction: str
+) -> None:
+    generator = np.random.default_rng(5)
+    first = shape[:1] + (1,) * (len(shape) - 1)
+    of_rows = {"WEIGHT": generator.uniform(0.1, 2.0, first).astype("<f4"), "MASK": generator.uniform(size=first) < 0.6}
+    whole = {name: np.broadcast_to(array, shape).copy() for name, array in of_rows.items()}
+    for names in (["WEIGHT"], ["MASK"], ["WEIGHT", "MASK"]):
+        answers = []
+        for values in (whole, of_rows):
+            request = {**pair(*shape), **{name: values[name] for name in names}}
+            answers.append(
+                infer(triton, infer_request("smooth_l1_masked_grad", request, parameters={"reduction": reduction}))
+            )
+        for name in ("LOSS", "COUNT", "GRAD"):
+            assert answers[0][name].shape == answers[1][name].shape
+            assert answers[0][name].tobytes() == answers[1][name].tobytes(), (names, name)
+
+
 def test_inputs_and_outputs_come_in_any_order(triton: Any) -> None:
     inputs = inputs_for("smooth_l1_masked_grad", "FP32")
     expected = infer(triton, infer_request("smooth_l1_masked_grad", inputs))

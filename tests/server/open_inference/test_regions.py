@@ -102,6 +102,7 @@ class InProcess:
     metadata: Mapping[str, str | bytes] = {}
     deadline = None
     peer = "inproc"
+    begun_ns = 0
 
 
 def service_of(running: RunningServer, regions: Regions) -> OpenInferenceService:

@@ -199,6 +199,11 @@ class Views:
 class PendingInfer(PendingRequest):
     """A ModelInferRequest, answered with the parts of a ModelInferResponse."""
 
+    @property
+    def own_id(self) -> str:
+        """The request's id."""
+        return self.request_id.decode()
+
     __slots__ = ("_in_message", "_row_counts", "_statistics", "_views", "infer_plan", "request_id")
 
     def __init__(
@@ -242,13 +247,15 @@ class PendingInfer(PendingRequest):
                 return False
         if not self.infer_plan.counts_rows:
             return True
-        mask = self.item.operands[-1]
+        mask, rows = self.item.operands[-1], self.infer_plan.row_count
+        # A mask of one element a row stands for all of the row's.
+        times = self.plan.element_count // max(1, len(mask))
         try:
             if len(mask) <= _COUNT_IN_THREAD_BYTES:
-                self._row_counts = count_rows(mask, self.infer_plan.row_count)
+                self._row_counts = count_rows(mask, rows, times)
             else:
                 loop = asyncio.get_running_loop()
-                self._row_counts = await loop.run_in_executor(None, count_rows, mask, self.infer_plan.row_count)
+                self._row_counts = await loop.run_in_executor(None, count_rows, mask, rows, times)
         except asyncio.CancelledError:
             self.done(Cancelled("the caller cancelled this request before it was queued"))
             raise
@@ -325,13 +332,16 @@ class PendingInfer(PendingRequest):
         return struct.pack("<q", job.element_count // rows) * rows if rows else b""
 
 
-def count_rows(mask: Buffer, rows: int) -> bytes:
-    """Return how many bytes of each of a mask's rows are not zero, as int64."""
+def count_rows(mask: Buffer, rows: int, times: int = 1) -> bytes:
+    """Return how many bytes of each of a mask's rows are not zero, each counted `times` times, as int64."""
     if not rows:
         return b""
     length = len(mask) // rows
     view = memoryview(mask)
-    counts = [length - bytes(view[begin : begin + length]).count(0) for begin in range(0, rows * length, length or 1)]
+    counts = [
+        times * (length - bytes(view[begin : begin + length]).count(0))
+        for begin in range(0, rows * length, length or 1)
+    ]
     return struct.pack(f"<{rows}q", *(counts or [0] * rows))
 
 

@@ -227,12 +227,19 @@ def _tensor(name: str, path: str, data_type_name: str, shape: tuple[int, ...]) -
     return TensorPlan(data_type, shape)
 
 
+def _one_a_row(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a tensor with one element for each row."""
+    return shape[:1] + (1,) * (len(shape) - 1)
+
+
 def _check_tensors(tensors: Mapping[str, TensorPlan], spec: SpecPlan) -> None:
     input, target = tensors[INPUT], tensors[TARGET]
     for name, tensor in tensors.items():
-        if tensor.shape != input.shape:
+        is_beside = name in (WEIGHT, MASK)
+        if tensor.shape != input.shape and not (is_beside and tensor.shape == _one_a_row(input.shape)):
+            hint = f", or one element a row, {list(_one_a_row(input.shape))}" if is_beside and input.shape else ""
             raise InvalidRequest(
-                f"{name} has shape {list(tensor.shape)}, INPUT {list(input.shape)}; send equal shapes",
+                f"{name} has shape {list(tensor.shape)}, INPUT {list(input.shape)}; send equal shapes{hint}",
                 reason=Reason.SHAPE_MISMATCH,
                 field=name,
             )
