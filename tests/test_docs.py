@@ -258,6 +258,8 @@ def exposition(server: ServerProcess) -> list[Metric]:
     # And what only a server with TLS has.
     metrics = Metrics(device="cpu", build_info={"version": ""})
     metrics.watch_certificates(SimpleNamespace(expires=datetime.now(UTC)))
+    # And with a GPU.
+    metrics.watch_device_memory(lambda: {"total": 1})
     known = {family.name for family in families}
     families += [
         one

@@ -87,7 +87,10 @@ def build() -> Dashboard:
                 "Bytes held",
                 "Bytes of all requests inside, their answers included: what --max-queued-bytes bounds.",
                 "bytes",
-                {"{{instance}}": "lossgrad_inflight_bytes{$servers}"},
+                {
+                    "{{instance}}": "lossgrad_inflight_bytes{$servers}",
+                    "the most": "min(lossgrad_queue_limit_bytes{$servers})",
+                },
             ),
             graph("Open files", "Each connection is one.", "none", {"{{instance}}": "process_open_fds{$servers}"}),
         ],
@@ -108,6 +111,20 @@ def build() -> Dashboard:
                 "Elements computed by one batch.",
                 "short",
                 {"mean": mean("lossgrad_batch_elements"), **percentiles("lossgrad_batch_elements", shares=[0.99])},
+            ),
+            graph(
+                "Batches, how full",
+                "By the cap that a batch came nearest to: --max-batch-requests, -elements or -bytes. Near 1 the caps "
+                "end batches; far below it batches hold all that waits.",
+                "percentunit",
+                {"mean": mean("lossgrad_batch_fill_ratio"), **percentiles("lossgrad_batch_fill_ratio", shares=[0.99])},
+                most=1,
+            ),
+            graph(
+                "Elements by data type",
+                "Elements computed per second, by the input's data type.",
+                "short",
+                {"{{dtype}}": rate("lossgrad_elements_total", "dtype")},
             ),
             graph(
                 "Bytes received",

@@ -8,12 +8,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import platform
 import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
-
-import grpc.aio
 
 from lossgrad_api.allocator import release_free_memory
 from lossgrad_server import __version__, engine
@@ -21,10 +18,9 @@ from lossgrad_server.batching.admission import AdmissionLimits
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.forming import BatchLimits
 from lossgrad_server.config import ConfigError, ServerConfig
-from lossgrad_server.gpu_metrics import GpuCollector, find_gpu
-from lossgrad_server.metrics import Metrics
 from lossgrad_server.metrics_endpoint import serve_metrics
 from lossgrad_server.security import security
+from lossgrad_server.telemetry import create_metrics, create_tracer, watch_gpu
 from lossgrad_server.transport.call import Method
 from lossgrad_server.transport.grpc_server import UnderWay, create_server
 from lossgrad_server.transport.health import Health
@@ -36,7 +32,6 @@ from lossgrad_server.workers import Outages, make_worker
 
 if TYPE_CHECKING:
     from lossgrad_server.shared_memory.sharing import SharedMemory
-    from lossgrad_server.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -78,20 +73,11 @@ class Core:
         self._expiry: asyncio.Task[None] | None = None
         self.is_ready = False
         self.on_ready: Callable[[bool], None] = lambda _: None  # called when that changes while it serves
+        tracer = create_tracer(config)  # before the device: a bad setting must be told at once
         made = make_worker(config, may_isolate=may_isolate)
         worker, determinism = made.worker, made.determinism
         self.device = worker.device
-        self.metrics = Metrics(
-            device=worker.device,
-            build_info={
-                "version": __version__,
-                "torch": engine.torch_version(),
-                "python": platform.python_version(),
-                "grpc": grpc.__version__,
-                "device": worker.device,
-                "determinism": determinism,
-            },
-        )
+        self.metrics = create_metrics(config, worker.device, determinism)
         post = _poster(loop)
         self.batcher = Batcher(
             worker,
@@ -104,16 +90,14 @@ class Core:
         self.metrics.watch(self.batcher)
         self.outages = Outages(self.batcher, self.metrics, post, self._tell_ready, self.device_lost.set)
         self.outages.watch(worker)
-        self.gpu = None if made.gpu_uuid is None else find_gpu(made.gpu_uuid)
-        if self.gpu is not None:
-            self.metrics.registry.register(GpuCollector(self.gpu))
+        self.gpu = watch_gpu(self.metrics, made)
         self.pipeline = RequestPipeline(
             self.batcher,
             self.metrics,
             config.max_message_bytes,
             None if shared_memory is None else shared_memory.segments,
             unsent=Unsent(config.max_queued_bytes // 4),
-            tracer=_tracer(config),
+            tracer=tracer,
         )
         if shared_memory is not None:
             self.metrics.watch_memory(shared_memory.state)
@@ -353,18 +337,6 @@ def _shared_memory(config: ServerConfig) -> SharedMemory | None:
 
     logger.warning("Sharing memory with callers on this machine: see docs/shared-memory.md for what that trusts")
     return SharedMemory(config.max_shared_memory_bytes, config.region_prefixes)
-
-
-def _tracer(config: ServerConfig) -> Tracer | None:
-    if not config.tracing:
-        return None
-    try:
-        from lossgrad_server.tracing import create_tracer
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--tracing needs {error.name}, which is not installed: pip install 'lossgrad[otel]'"
-        ) from None
-    return create_tracer()
 
 
 def _poster(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]:

@@ -9,22 +9,21 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from enum import StrEnum
 from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
 
 from lossgrad_server.batching.forming import Batch, ClosedBy
 from lossgrad_server.batching.job import Computed
 from lossgrad_server.counters import Counter
 from lossgrad_server.errors import Code, Reason, RequestError
+from lossgrad_server.gauges import DeviceMemoryCollector, Limits, QueueCollector, QueueState, SharedMemoryCollector
 from lossgrad_server.histograms import Histogram
 from lossgrad_server.isolation.loss import Loss
-from lossgrad_server.jobs import JobPlan, LossKind
+from lossgrad_server.jobs import DataType, JobPlan, LossKind
 from lossgrad_server.work import BatchResult
 
 # From 10 microseconds: the usual buckets start at 5 ms, where every request of ours would be in the first.
@@ -34,6 +33,7 @@ SECONDS: Final = (
 )  # fmt: skip
 BYTES: Final = (0, 1024, 2048, 4096, *(4**power for power in range(7, 17)))  # gRFC A66's sizes
 ELEMENTS: Final = tuple(4**power for power in range(16))
+FILL: Final = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 REQUESTS: Final = tuple(2**power for power in range(11))
 
 STAGES: Final = ("decode", "queue", "pack", "compute", "unpack", "encode")
@@ -79,26 +79,6 @@ class SliceOutcome(StrEnum):
     FAILED = "failed"
 
 
-class QueueState(Protocol):
-    """What the gauges read at every scrape: the batcher."""
-
-    @property
-    def waiting_requests(self) -> int:
-        """How many jobs wait to be picked."""
-
-    @property
-    def waiting_bytes(self) -> int:
-        """The bytes of the jobs that wait."""
-
-    @property
-    def admitted_bytes(self) -> int:
-        """The bytes of all jobs inside."""
-
-    @property
-    def oldest_wait_seconds(self) -> float:
-        """How long the job that has waited longest has waited."""
-
-
 class CertificateState(Protocol):
     """What the gauge of the certificate reads."""
 
@@ -108,14 +88,14 @@ class CertificateState(Protocol):
 
 
 class RequestMetrics:
-    """The bound series of one combination of loss, mode and api: what a request touches."""
+    """The bound series of one combination of loss, mode, data type and api: what a request touches."""
 
     __slots__ = ("_duration", "_elements", "_nonfinite", "_ok")
 
-    def __init__(self, metrics: Metrics, loss: str, mode: str, api: str) -> None:
+    def __init__(self, metrics: Metrics, loss: str, mode: str, dtype: str, api: str) -> None:
         self._ok = metrics.requests.labels(loss, mode, api, "ok")
         self._duration = metrics.request_duration.labels(loss, mode, api)
-        self._elements = metrics.elements.labels(loss, mode, metrics.device)
+        self._elements = metrics.elements.labels(loss, mode, dtype, metrics.device)
         self._nonfinite = metrics.nonfinite_results.labels(loss)
 
     def exemplar(self, seconds: float, trace_id: str) -> None:
@@ -137,8 +117,10 @@ class RequestMetrics:
 class Metrics:
     """Every series of one server, in a registry of its own."""
 
-    def __init__(self, *, device: str, build_info: dict[str, str]) -> None:
+    def __init__(self, *, device: str, build_info: dict[str, str], limits: Limits | None = None) -> None:
+        """`limits` are what bounds the queue and the batches; without any, nothing does."""
         self.device = device
+        self._limits = limits or Limits()
         self.registry = CollectorRegistry()
         registry = self.registry
         rpc = ("grpc_type", "grpc_service", "grpc_method")
@@ -180,7 +162,10 @@ class Metrics:
         self.request_bytes = Histogram("lossgrad_request_bytes", "Size of request messages.", ("api",), BYTES)
         self.response_bytes = Histogram("lossgrad_response_bytes", "Size of response messages.", ("api",), BYTES)
         self.elements = Counter(
-            "lossgrad_elements", "Elements computed, by loss.", ("loss", "mode", "device"), registry=registry
+            "lossgrad_elements",
+            "Elements computed, by loss and by the input's data type.",
+            ("loss", "mode", "dtype", "device"),
+            registry=registry,
         )
         self.batches = Counter(
             "lossgrad_batches",
@@ -190,6 +175,12 @@ class Metrics:
         )
         self.batch_requests = Histogram("lossgrad_batch_requests", "Requests in a batch.", ("device",), REQUESTS)
         self.batch_elements = Histogram("lossgrad_batch_elements", "Elements in a batch.", ("device",), ELEMENTS)
+        self.batch_fill = Histogram(
+            "lossgrad_batch_fill_ratio",
+            "How full a batch was, by the cap that it came nearest to: of requests, elements or bytes.",
+            ("device",),
+            FILL,
+        )
         self.rejected = Counter(
             "lossgrad_rejected",
             "Requests refused for what the server is at, not for what they are.",
@@ -243,26 +234,32 @@ class Metrics:
             self.response_bytes,
             self.batch_requests,
             self.batch_elements,
+            self.batch_fill,
         ):
             registry.register(histogram)
         self._stages = {stage: self.stage_duration.labels(stage, device) for stage in STAGES}
         self._batch_requests = self.batch_requests.labels(device)
         self._batch_elements = self.batch_elements.labels(device)
+        self._batch_fill = self.batch_fill.labels(device)
         self._utilization = Utilization()
         # Series that are there from the start: a rate of what never was is no number, and an alert on it never fires.
         for reason in sorted(set(_REJECTIONS.values())):
             self.rejected.labels(reason)
         for closed_by in ClosedBy:
             self.batches.labels(device, closed_by)
-        self._request_metrics: dict[tuple[LossKind | None, bool, str], RequestMetrics] = {}
+        self._request_metrics: dict[tuple[LossKind | None, bool, DataType, str], RequestMetrics] = {}
 
     def watch(self, queue: QueueState) -> None:
         """Export the queue's state, read anew at every scrape."""
-        self.registry.register(_QueueCollector(queue, self._utilization, self.device))
+        self.registry.register(QueueCollector(queue, self._utilization.ratio, self._limits, self.device))
+
+    def watch_device_memory(self, memory: Callable[[], Mapping[str, int]]) -> None:
+        """Export the device's memory, read anew at every scrape: bytes by kind."""
+        self.registry.register(DeviceMemoryCollector(memory, self.device))
 
     def watch_memory(self, state: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
         """Export what is shared with callers, read anew at every scrape: (kind, regions, bytes) of each kind."""
-        self.registry.register(_SharedMemoryCollector(state))
+        self.registry.register(SharedMemoryCollector(state))
 
     def watch_certificates(self, certificates: CertificateState) -> None:
         """Export until when the certificate is valid, read anew at every scrape."""
@@ -275,10 +272,11 @@ class Metrics:
 
     def of_request(self, plan: JobPlan, api: str) -> RequestMetrics:
         """Return the series that a request with this plan touches."""
-        key = (plan.kind, plan.includes_gradient, api)
+        dtype = plan.input.data_type
+        key = (plan.kind, plan.includes_gradient, dtype, api)
         bound = self._request_metrics.get(key)
         if bound is None:
-            bound = self._request_metrics[key] = RequestMetrics(self, *labels(plan), api)
+            bound = self._request_metrics[key] = RequestMetrics(self, *labels(plan), dtype.name.lower(), api)
         return bound
 
     def stage(self, stage: str, nanoseconds: float, times: int = 1) -> None:
@@ -308,6 +306,7 @@ class Metrics:
         self.batches.labels(self.device, batch.closed_by).inc()
         self._batch_requests.observe(size)
         self._batch_elements.observe(batch.element_count)
+        self._batch_fill.observe(self._limits.fill_of(batch))
         self._utilization.busy(busy_ns * 1e-9)
 
 
@@ -348,54 +347,3 @@ class Utilization:
         with self._lock:
             busy = sum(min(length, end - (now - window)) for end, length in self._spans if end > now - window)
         return min(1.0, busy / window)
-
-
-class _QueueCollector(Collector):
-    def __init__(self, queue: QueueState, utilization: Utilization, device: str) -> None:
-        self._queue = queue
-        self._utilization = utilization
-        self._device = device
-
-    def collect(self) -> list[GaugeMetricFamily]:
-        gauges = (
-            ("lossgrad_queue_requests", "Requests that wait to be picked.", self._queue.waiting_requests),
-            (
-                "lossgrad_queue_bytes",
-                "Bytes of those requests and their answers.",
-                self._queue.waiting_bytes,
-            ),
-            (
-                "lossgrad_queue_oldest_seconds",
-                "How long the request that has waited longest has waited; 0 where none waits.",
-                self._queue.oldest_wait_seconds,
-            ),
-            (
-                "lossgrad_inflight_bytes",
-                "Bytes of all requests inside and their answers.",
-                self._queue.admitted_bytes,
-            ),
-            (
-                "lossgrad_device_utilization_ratio",
-                "Share of the last ten seconds that the device was busy.",
-                self._utilization.ratio(),
-            ),
-        )
-        families: list[GaugeMetricFamily] = []
-        for name, documentation, value in gauges:
-            family = GaugeMetricFamily(name, documentation, labels=("device",))
-            family.add_metric((self._device,), value)
-            families.append(family)
-        return families
-
-
-class _SharedMemoryCollector(Collector):
-    def __init__(self, state: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
-        self._state = state
-
-    def collect(self) -> list[GaugeMetricFamily]:
-        regions = GaugeMetricFamily("lossgrad_shm_regions", "Regions of shared memory.", labels=("kind",))
-        sizes = GaugeMetricFamily("lossgrad_shm_bytes", "Bytes of shared memory.", labels=("kind",))
-        for kind, count, byte_count in self._state():
-            regions.add_metric((kind,), count)
-            sizes.add_metric((kind,), byte_count)
-        return [regions, sizes]

@@ -119,7 +119,7 @@ class Tracer:
             if isinstance(outcome, Computed):
                 picked_ns = queued_ns + outcome.queue_ns
                 batch = outcome.batch
-                done_ns = min(done_ns, picked_ns + batch.pack_ns + batch.compute_ns + batch.unpack_ns)
+                done_ns = min(done_ns, batch.done_ns)
                 stage("queue", queued_ns, picked_ns)
                 stage(
                     "compute",

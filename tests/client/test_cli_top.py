@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import threading
 import time
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from rich.console import Console
 
 import lossgrad
 from lossgrad.cli import main, top
@@ -123,6 +125,41 @@ def test_top_shows_what_a_server_did(capsys: pytest.CaptureFixture[str]) -> None
     for word in ("request ", "queue", "compute", "huber", "ok/s", "invalid/s", "device busy"):
         assert word in shown, shown
     assert " us" in shown or " ms" in shown
+
+
+def exposition(requests: int) -> str:
+    return (
+        'lossgrad_ready 1\nlossgrad_build_info{version="1.2",device="cpu"} 1\n'
+        f'lossgrad_requests_total{{loss="l1",outcome="ok"}} {requests}\n'
+        "lossgrad_inflight_bytes 5e8\nlossgrad_queue_limit_bytes 1e9\n"
+        'lossgrad_device_memory_bytes{kind="used"} 3e10\nlossgrad_device_memory_bytes{kind="total"} 4e10\n'
+    )
+
+
+def shown_at(width: int, after: Scrape, failures: dict[str, str] | None = None) -> list[str]:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(top.picture(Scrape({"a": exposition(0)}, 0.0), after, failures or {}, console))
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+@pytest.mark.parametrize(("width", "beside"), [(120, 3), (70, 2), (40, 1)])
+def test_what_does_not_fit_beside_goes_below(width: int, beside: int) -> None:
+    lines = shown_at(width, Scrape({"a": exposition(20)}, 2.0))
+    assert max(map(len, lines)) <= width
+    (titles,) = [line.split() for line in lines if line.startswith("Latency")]
+    assert titles == ["Latency", "Now", "Losses"][:beside]
+    text = "\n".join(lines)
+    assert "10 requests/s   0 elements/s" in text
+    assert "500 MB  50%" in text
+    assert "30 GB  75%" in text
+
+
+def test_servers_that_cannot_be_read_are_told_first_and_nothing_is_made_up() -> None:
+    failures = {"http://b/metrics": "Connection refused"}
+    some = shown_at(100, Scrape({"a": exposition(20)}, 2.0), failures)
+    assert "1 of 2 ready" in some[0]
+    assert some[1] == "http://b/metrics cannot be read: Connection refused"
+    assert shown_at(100, Scrape({}, 2.0), failures) == ["lossgrad   no server can be read", "", some[1]]
 
 
 def test_a_server_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,32 @@ def test_nobody_else_gets_in(guarded: RunningServer, token: str | None) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "api"),
+    [
+        (STREAM_COMPUTE_LOSS, "stream"),
+        ("/lossgrad_api.v1.LossService/AccumulateLoss", "accumulate"),
+        ("/inference.GRPCInferenceService/ModelInfer", "open_inference"),
+        ("/inference.GRPCInferenceService/ModelStreamInfer", "open_inference_stream"),
+        (GET_SERVER_INFO, "other"),
+        ("/no.such.Service/Method", "other"),
+    ],
+)
+def test_a_refusal_counts_for_the_method_that_was_called(
+    guarded: RunningServer, connect: Connect, method: str, api: str
+) -> None:
+    def refused() -> float:
+        labels = {"loss": "unknown", "mode": "unknown", "api": api, "outcome": "unauthenticated"}
+        return Scrape(guarded.scrape())("lossgrad_requests_total", **labels) or 0.0
+
+    before = refused()
+    call: Any = connect(guarded.address).stream_stream(method)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call(iter([b""]), timeout=30))
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert refused() == before + 1
+
+
 METHODS = [
     COMPUTE_LOSS,
     STREAM_COMPUTE_LOSS,

@@ -96,7 +96,9 @@ def test_outcomes_tell_the_batch_and_where_the_time_went(worker: FakeWorker, ans
     for name in ("a", "b"):
         computed = answers.computed(name)
         assert computed.result == WorkResult(name.encode(), ())
-        assert computed.batch == BatchFacts(10, 20, 30, request_count=2, element_count=12, number=computed.batch.number)
+        assert computed.batch == BatchFacts(
+            10, 20, 30, request_count=2, element_count=12, number=computed.batch.number, done_ns=computed.batch.done_ns
+        )
         assert 0 < computed.queue_ns <= time.perf_counter_ns() - before
 
 

@@ -102,11 +102,30 @@ def test_the_gpu_that_computes_is_found_by_its_uuid(monkeypatch: pytest.MonkeyPa
     assert engine.gpu_uuid("cpu") is None
 
 
+def test_a_devices_memory_is_told_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 + device.index, 100))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 10)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 20)
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: {"reserved_bytes.current": 5})
+    told = {"allocated": 10, "reserved": 20, "used": 69, "total": 100, "pinned": 5}
+    assert engine.memory_bytes("cuda:1") == told
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpus_memory_grows_with_what_lies_in_it() -> None:
+    before = engine.memory_bytes("cuda:0")
+    held = torch.ones(1 << 20, device="cuda:0")
+    after = engine.memory_bytes("cuda:0")
+    assert after["allocated"] - before["allocated"] == held.numel() * held.element_size()
+    assert after["allocated"] <= after["reserved"] <= after["used"] <= after["total"] == before["total"]
+
+
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> RunningServer:
     """Return a server, not yet started, that takes itself for one with a GPU."""
     monkeypatch.setattr(engine, "gpu_uuid", lambda _: UUID)
-    monkeypatch.setattr("lossgrad_server.app.find_gpu", lambda uuid: Gpu(FakeLibrary(), uuid))
+    monkeypatch.setattr("lossgrad_server.telemetry.find_gpu", lambda uuid: Gpu(FakeLibrary(), uuid))
     return RunningServer()
 
 

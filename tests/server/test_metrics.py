@@ -15,7 +15,10 @@ from lossgrad_api import inference
 from lossgrad_api.codec import SERVICE
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_api.v1.loss_service_pb2_grpc import LossServiceStub
+from lossgrad_server.batching.forming import Batch
 from lossgrad_server.errors import Code, Reason, RequestError
+from lossgrad_server.gauges import Limits
+from lossgrad_server.jobs import DataType
 from lossgrad_server.metrics import Metrics, SliceOutcome
 from tests.server.calling import Connect, failure, stub_on
 from tests.server.requests import L1, SMOOTH_L1, request
@@ -71,10 +74,10 @@ def test_after_known_traffic_the_series_have_exactly_the_expected_values(
         labelled(loss="unknown", mode="unknown", api="stream", outcome="invalid"): 1,
     }
     assert found.of("lossgrad_elements_total") == {
-        labelled(loss="smooth_l1", mode="loss_grad", device="cpu"): 30,
-        labelled(loss="l1", mode="loss", device="cpu"): 5,
-        labelled(loss="mixed", mode="loss", device="cpu"): 3,
-        labelled(loss="mse", mode="loss", device="cpu"): 16,
+        labelled(loss="smooth_l1", mode="loss_grad", dtype="float32", device="cpu"): 30,
+        labelled(loss="l1", mode="loss", dtype="float32", device="cpu"): 5,
+        labelled(loss="mixed", mode="loss", dtype="float32", device="cpu"): 3,
+        labelled(loss="mse", mode="loss", dtype="float32", device="cpu"): 16,
     }
     assert found.of("lossgrad_nonfinite_results_total") == {labelled(loss="mixed"): 1}
     assert found.of("lossgrad_rejected_total") == {}
@@ -86,6 +89,10 @@ def test_after_known_traffic_the_series_have_exactly_the_expected_values(
     }
     for stage in ("decode", "queue", "pack", "compute", "unpack", "encode"):
         assert found("lossgrad_stage_duration_seconds_count", stage=stage, device="cpu") == 6, stage
+    stages = found.of("lossgrad_stage_duration_seconds_sum")
+    durations = found.of("lossgrad_request_duration_seconds_sum")
+    assert math.isclose(sum(stages.values()), sum(durations.values()), rel_tol=1e-9)
+    assert min(stages.values()) >= 0
     assert found("lossgrad_request_bytes_count", api="native") == 5
     assert found("lossgrad_request_bytes_sum", api="native") == sum(one.ByteSize() for one in [*unary, BAD])
     assert found("lossgrad_request_bytes_count", api="stream") == 1
@@ -142,6 +149,9 @@ def test_the_queue_is_what_it_is_at_the_scrape_and_refusals_are_counted(
     assert 0 < oldest < PATIENCE_SECONDS
     assert found("lossgrad_queue_bytes", device="cpu") == (1 + 2 + 3) * 3 * 4  # two tensors and a gradient
     assert found("lossgrad_inflight_bytes", device="cpu") == (1 + 2 + 3) * 3 * 4 + 4 * 2 * 4
+    assert found("lossgrad_inflight_requests", device="cpu") == 4
+    assert found("lossgrad_queue_limit_requests", device="cpu") == 4
+    assert found("lossgrad_queue_limit_bytes", device="cpu") == running.config.max_queued_bytes
     assert found.of("lossgrad_rejected_total") == {labelled(reason="queue_full"): 2}
     assert found("lossgrad_requests_total", loss="l1", mode="loss", api="native", outcome="overloaded") == 2
     worker.release()
@@ -176,6 +186,7 @@ HISTOGRAMS = [
     "lossgrad_response_bytes",
     "lossgrad_batch_requests",
     "lossgrad_batch_elements",
+    "lossgrad_batch_fill_ratio",
 ]
 GAUGES = [
     "lossgrad_accumulations",
@@ -187,6 +198,9 @@ GAUGES = [
     "lossgrad_inflight_bytes",
     "lossgrad_device_utilization_ratio",
     "lossgrad_queue_oldest_seconds",
+    "lossgrad_queue_limit_bytes",
+    "lossgrad_queue_limit_requests",
+    "lossgrad_inflight_requests",
     "process_max_fds",
     "process_open_fds",
     "process_resident_memory_bytes",
@@ -260,7 +274,8 @@ def test_what_callers_name_adds_no_series(running: RunningServer, connect: Conne
 CLOSED = {
     "loss": {"smooth_l1", "huber", "l1", "mse", "mixed", "unknown"},
     "mode": {"loss", "loss_grad", "unknown"},
-    "api": {"native", "stream", "accumulate", "open_inference", "open_inference_stream"},
+    "api": {"native", "stream", "accumulate", "open_inference", "open_inference_stream", "other"},
+    "dtype": {data_type.name.lower() for data_type in DataType},
     "outcome": {
         "ok", "invalid", "overloaded", "too_large", "deadline", "cancelled", "oom", "device", "internal",
         "unauthenticated",
@@ -286,6 +301,54 @@ def test_label_values_come_from_closed_sets(server: RunningServer) -> None:
             continue
         for label, value in labels:
             assert label == "le" or value in CLOSED[label], (name, label, value)
+
+
+def test_the_stages_of_packed_requests_add_up_to_their_durations(running: RunningServer, connect: Connect) -> None:
+    """A request of a message waits while its neighbours are read and answered, and that is in its stages."""
+    stub = stub_on(connect(running.address))
+    stream(stub, *[request([1.0] * size, [0.0] * size, L1) for size in (1, 1, 1, 2)])
+    found = scrape(running)
+    assert found("lossgrad_request_duration_seconds_count", loss="l1", mode="loss", api="stream") == 4
+    total = sum(found.of("lossgrad_stage_duration_seconds_sum").values())
+    assert math.isclose(total, sum(found.of("lossgrad_request_duration_seconds_sum").values()), rel_tol=1e-9)
+
+
+def test_a_message_that_is_too_large_counts_though_its_handler_never_sees_it(
+    start_server: StartServer, connect: Connect
+) -> None:
+    running = start_server(metrics_port=0, max_message_bytes=65536)
+    channel = connect(running.address)
+    stub = stub_on(channel)
+    large = request([1.0] * 10_000, [0.0] * 10_000)
+    failure(stub.ComputeLoss, large)
+    with pytest.raises(grpc.RpcError):
+        stream(stub, large)
+    found = scrape(running)
+    for api in ("native", "stream"):
+        assert found("lossgrad_requests_total", loss="unknown", mode="unknown", api=api, outcome="too_large") == 1
+    assert found.of("lossgrad_rejected_total") == {labelled(reason="too_large"): 2}
+
+
+def test_a_batch_is_as_full_as_the_cap_that_it_is_nearest_to() -> None:
+    limits = Limits(batch_requests=4, batch_elements=100, batch_bytes=1000)
+    job: Any = object()
+    assert limits.fill_of(Batch(jobs=[job], element_count=10, byte_count=100)) == 0.25
+    assert limits.fill_of(Batch(jobs=[job], element_count=90, byte_count=100)) == 0.9
+    assert limits.fill_of(Batch(jobs=[job], element_count=10, byte_count=1500)) == 1.5
+    assert Limits().fill_of(Batch(jobs=[job], element_count=10, byte_count=1500)) == 0.0
+
+
+def test_a_devices_memory_is_read_at_every_scrape(metrics: Metrics) -> None:
+    memory = {"allocated": 10, "reserved": 20, "used": 30, "total": 100}
+    metrics.watch_device_memory(lambda: memory)
+    memory["allocated"] = 15
+    found = Scrape(generate_latest(metrics.registry).decode())
+    assert found.of("lossgrad_device_memory_bytes") == {
+        labelled(device="cpu", kind="allocated"): 15,
+        labelled(device="cpu", kind="reserved"): 20,
+        labelled(device="cpu", kind="used"): 30,
+        labelled(device="cpu", kind="total"): 100,
+    }
 
 
 @pytest.fixture

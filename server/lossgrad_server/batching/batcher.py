@@ -386,7 +386,13 @@ class Batcher:
     def _outcomes(self, run: Run, result: BatchResult) -> list[tuple[Job, Outcome]]:
         batch = run.batch
         facts = BatchFacts(
-            result.pack_ns, result.compute_ns, result.unpack_ns, len(batch.jobs), batch.element_count, run.number
+            result.pack_ns,
+            result.compute_ns,
+            result.unpack_ns,
+            len(batch.jobs),
+            batch.element_count,
+            run.number,
+            time.perf_counter_ns(),
         )
         return [
             (

@@ -11,7 +11,10 @@ from lossgrad_server.work import WorkItem, WorkResult
 
 
 class BatchFacts(NamedTuple):
-    """What the jobs of a batch have in common: where its time went, in nanoseconds, how large it was, its own number."""
+    """What the jobs of a batch have in common: where its time went, in nanoseconds, how large it was, its own number.
+
+    `done_ns` is when its results were there, on perf_counter_ns's clock.
+    """
 
     pack_ns: int
     compute_ns: int
@@ -19,6 +22,7 @@ class BatchFacts(NamedTuple):
     request_count: int
     element_count: int
     number: int
+    done_ns: int = 0
 
 
 class Computed(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 from lossgrad_server.engine import torch_build
 from lossgrad_server.work import DeviceWorker
 
-__all__ = ["create_worker", "determinism", "gpu_uuid", "is_gpu", "is_surely_cpu", "torch_version"]
+__all__ = ["create_worker", "determinism", "gpu_uuid", "is_gpu", "is_surely_cpu", "memory_bytes", "torch_version"]
 
 
 def create_worker(device: str, threads: int | None, kind: str = "fused") -> DeviceWorker:
@@ -87,6 +87,13 @@ def gpu_uuid(device: str) -> str | None:
     from lossgrad_server.engine import devices
 
     return devices.gpu_uuid(device)
+
+
+def memory_bytes(device: str) -> dict[str, int]:
+    """Return a CUDA device's memory in bytes, by kind: devices.memory_bytes says which."""
+    from lossgrad_server.engine import devices
+
+    return devices.memory_bytes(device)
 
 
 def torch_version() -> str:

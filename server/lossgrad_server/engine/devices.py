@@ -68,6 +68,24 @@ def determinism_of(device: torch.device) -> str:
     )
 
 
+def memory_bytes(device: str) -> dict[str, int]:
+    """Return a CUDA device's memory in bytes, by kind.
+
+    `allocated` is what tensors take, `reserved` what torch holds for them, `used` what all processes take, `total` all that
+    there is; `pinned` is the host's memory that torch holds for copies to and from it.
+    """
+    which = torch.device(device)
+    free, total = torch.cuda.mem_get_info(which)
+    kinds = {
+        "allocated": torch.cuda.memory_allocated(which),
+        "reserved": torch.cuda.memory_reserved(which),
+        "used": total - free,
+        "total": total,
+    }
+    pinned = torch.cuda.host_memory_stats().get("reserved_bytes.current")
+    return kinds if pinned is None else {**kinds, "pinned": int(pinned)}
+
+
 def available_bytes(device: torch.device) -> int:
     """Return how much memory could still be allocated for the device."""
     if device.type == "cuda":

@@ -224,7 +224,6 @@ class AccumulationSession:
             return
         request = _PendingSlice(self, self._pipeline, part, plan, item, started_ns, call.deadline)
         request.origin = self._origin
-        self._metrics.stage("decode", time.perf_counter_ns() - started_ns)
         await self._until(lambda: self._computing is None and len(self._outbox) < _MAX_UNSENT)
         self._computing = request
         try:

@@ -25,7 +25,8 @@ from lossgrad_server.transport.answer_memory import AnswerMemory
 from lossgrad_server.work import SPEC_RESULT, WorkResult, unpack_totals
 
 _NONE: Final = bytes(8)
-_NONFINITE_AT: Final = SPEC_RESULT.size - 8
+_ONE_SPEC: Final = SPEC_RESULT.size
+_NONFINITE_AT: Final = _ONE_SPEC - 8
 
 
 @lru_cache(maxsize=4096)
@@ -129,6 +130,6 @@ def stats_bytes(computed: Computed, device: str) -> bytes:
 def has_nonfinite(computed: Computed) -> bool:
     """Return whether any loss of any element is NaN or infinite."""
     scalars = computed.result.scalars
-    if len(scalars) == SPEC_RESULT.size:
+    if len(scalars) == _ONE_SPEC:
         return scalars[_NONFINITE_AT:] != _NONE
-    return any(scalars[at : at + 8] != _NONE for at in range(_NONFINITE_AT, len(scalars), SPEC_RESULT.size))
+    return any(scalars[at : at + 8] != _NONE for at in range(_NONFINITE_AT, len(scalars), _ONE_SPEC))

@@ -56,9 +56,11 @@ class Method:
 
     Exactly one of `unary` and `stream` is set. A handler is cancelled, as a task, when its caller goes away. The metrics of
     an occasional method begin with its first call, so that methods which most servers never see do not fill every scrape.
+    `api` is what metrics call its requests; None where it computes nothing.
     """
 
     name: str
     unary: UnaryHandler | None = None
     stream: StreamHandler | None = None
     is_occasional: bool = False
+    api: str | None = None

@@ -31,6 +31,9 @@ _MAX_METADATA_BYTES: Final = 16 * 1024
 _MAX_PENDING_CALLS: Final = 8192
 _MAX_STREAMS: Final = 4096
 
+# The label `api` of calls to methods that compute nothing, or that there are none of: refused for want of a token.
+OTHER: Final = "other"
+
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
@@ -51,7 +54,10 @@ def create_server(
     `unsent` counts the answers that callers do not read, `under_way` the calls.
     """
     options = server_options(max_message_bytes, max_connection_age_seconds, max_connections)
-    guards = [TokenGuard(tokens, on_refused=lambda error: metrics.failed(None, "native", error))] if tokens else []
+    apis = {method.name: method.api or OTHER for method in methods}
+    guards = (
+        [TokenGuard(tokens, lambda error, name: metrics.failed(None, apis.get(name, OTHER), error))] if tokens else []
+    )
     server = grpc.aio.server(options=options, interceptors=guards)
     limits = _Limits(
         max_message_bytes,
@@ -211,10 +217,15 @@ def _unary(method: Method, metrics: Metrics, limits: _Limits) -> Any:
         code = "OK"
         call = GrpcCall(method.name, context, started)
         try:
-            unsent.check(context.peer)
-            request = await receiving.message(context)
-            watch.received.inc()
-            check_size(request, max_message_bytes)
+            try:
+                unsent.check(context.peer)
+                request = await receiving.message(context)
+                watch.received.inc()
+                check_size(request, max_message_bytes)
+            except RequestError as refusal:  # what the handler refuses, it counts itself
+                if method.api is not None:
+                    metrics.failed(None, method.api, refusal)
+                raise
             reply = await handler(request, call)
             watch.sent.inc()
             if len(reply) >= COUNTED_BYTES:
@@ -245,7 +256,12 @@ def _stream(method: Method, metrics: Metrics, limits: _Limits) -> Any:
         async def received() -> AsyncIterator[bytes]:
             async for message in messages:
                 watch.received.inc()
-                check_size(message, max_message_bytes)
+                try:
+                    check_size(message, max_message_bytes)
+                except TooLarge as refusal:
+                    if method.api is not None:
+                        metrics.failed(None, method.api, refusal)
+                    raise
                 yield message
 
         async def send(message: bytes) -> None:

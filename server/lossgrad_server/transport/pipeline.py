@@ -21,7 +21,7 @@ from lossgrad_server.batching.job import BatchFacts, Computed, Job, Outcome
 from lossgrad_server.errors import InternalError, Reason, RequestError, Unavailable
 from lossgrad_server.jobs import JobPlan
 from lossgrad_server.metrics import Metrics
-from lossgrad_server.transport.alike import AlikeRequests
+from lossgrad_server.transport.alike import count_alike
 from lossgrad_server.transport.answer_memory import AnswerMemory
 from lossgrad_server.transport.answers import (
     answer_memory,
@@ -256,7 +256,7 @@ class RequestPipeline:
         self.on_done = self._done  # the same object for every request: so the batcher hands them back together
         # What ends the reading of each stream: a server that drains must not wait for callers who keep one open.
         self.end_reading: set[Callable[[], object]] = set()
-        self._alike: list[AlikeRequests] = []  # answered, and not yet counted
+        self._answered: list[tuple[PendingRequest, Computed]] = []  # and not yet counted
         self._is_answering = False
         # The last batch's stats, for requests that waited this long.
         self._stats: tuple[BatchFacts | None, int, bytes] = (None, 0, b"")
@@ -298,8 +298,6 @@ class RequestPipeline:
         """Queue opened requests whose bytes came together. Those that are refused are answered at once."""
         if not requests:
             return
-        count = len(requests)
-        self.metrics.stage("decode", (time.perf_counter_ns() - requests[0].started_ns) / count, count)
         if self.is_warm:
             for job, error in self.batcher.submit(requests):
                 cast(PendingRequest, job).done(error)
@@ -350,18 +348,11 @@ class RequestPipeline:
 
     def count(self, request: PendingRequest, computed: Computed) -> None:
         """Count a request that is answered with numbers; those of one message that come one after another, together."""
-        is_nonfinite = has_nonfinite(computed)
-        alike = self._alike[-1] if self._alike else None
-        if alike is None or not alike.takes(request, computed):
-            alike = AlikeRequests(request, computed)
-            self._alike.append(alike)
-        alike.times += 1
-        alike.nonfinite += is_nonfinite
+        self._answered.append((request, computed))
         if not self._is_answering:
-            self._count_all(time.perf_counter_ns())
+            self._count_all()
 
     def _done(self, outcomes: list[tuple[Job, Outcome]]) -> None:
-        begun_ns = time.perf_counter_ns()
         self._is_answering = True
         for job, outcome in outcomes:
             try:
@@ -369,21 +360,28 @@ class RequestPipeline:
             except Exception:  # one caller's trouble must not cost the others their answers
                 logger.exception("Handing over an answer failed")
         self._is_answering = False
-        self._count_all(begun_ns)
+        self._count_all()
 
-    def _count_all(self, begun_ns: int) -> None:
-        """Write what was counted since `begun_ns`, when the first of the answers began to be encoded."""
-        alike, self._alike = self._alike, []
-        if not alike:
-            return
-        metrics = self.metrics
+    def _count_all(self) -> None:
+        """Write what was counted since the last time."""
+        answered, self._answered = self._answered, []
         now_ns = time.perf_counter_ns()
-        total = sum([one.times for one in alike])
-        metrics.stage("encode", (now_ns - begun_ns) / total, total)
-        for one in alike:
-            metrics.stage("queue", one.queue_ns, one.times)
-            seconds = (now_ns - one.started_ns) * 1e-9
-            metrics.of_request(one.plan, one.api).done(seconds, one.plan.element_count, one.times, one.nonfinite)
+        # All of a message's requests with one plan that were in one batch are alike: one look at each, and no more.
+        first: tuple[PendingRequest, Computed] | None = None
+        plan = batch = None
+        started_ns = times = nonfinite = 0
+        for one in answered:
+            request, computed = one
+            if request.plan is not plan or computed.batch is not batch or request._started_ns != started_ns:
+                if first is not None:
+                    count_alike(self.metrics, *first, now_ns, times, nonfinite)
+                first, plan, batch, started_ns = one, request.plan, computed.batch, request.started_ns
+                times = nonfinite = 0
+            times += 1
+            if has_nonfinite(computed):
+                nonfinite += 1
+        if first is not None:
+            count_alike(self.metrics, *first, now_ns, times, nonfinite)
 
 
 def _going_down() -> Unavailable:

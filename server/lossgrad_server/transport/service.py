@@ -11,6 +11,7 @@ from lossgrad_api import codec
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_server.errors import RequestError
 from lossgrad_server.jobs import DataType
+from lossgrad_server.transport import accumulate, stream
 from lossgrad_server.transport.accumulate import AccumulationSession
 from lossgrad_server.transport.call import Call, Method, Send
 from lossgrad_server.transport.origin import CallOrigin
@@ -53,9 +54,9 @@ class LossService:
     def methods(self) -> list[Method]:
         """Return the service's methods."""
         return [
-            Method(codec.COMPUTE_LOSS, unary=self.compute_loss),
-            Method(codec.STREAM_COMPUTE_LOSS, stream=self.stream_compute_loss),
-            Method(codec.ACCUMULATE_LOSS, stream=self.accumulate_loss),
+            Method(codec.COMPUTE_LOSS, unary=self.compute_loss, api=API),
+            Method(codec.STREAM_COMPUTE_LOSS, stream=self.stream_compute_loss, api=stream.API),
+            Method(codec.ACCUMULATE_LOSS, stream=self.accumulate_loss, api=accumulate.API),
             Method(codec.GET_SERVER_INFO, unary=self.get_server_info),
         ]
 

@@ -12,6 +12,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -116,10 +117,10 @@ class TokenGuard(grpc.aio.ServerInterceptor):
     calls its handler.
     """
 
-    def __init__(self, tokens: Tokens, on_refused: Callable[[RequestError], None]) -> None:
+    def __init__(self, tokens: Tokens, on_refused: Callable[[RequestError, str], None]) -> None:
+        """`on_refused` is told the error, and the method that was called."""
         self._tokens = tokens
         self._on_refused = on_refused
-        self._refusing: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(self._refuse)
 
     async def intercept_service(
         self,
@@ -130,7 +131,7 @@ class TokenGuard(grpc.aio.ServerInterceptor):
         is_open = handler_call_details.method in OPEN_METHODS
         if is_open or self._has_token(handler_call_details.invocation_metadata or ()):
             return await continuation(handler_call_details)
-        return self._refusing
+        return grpc.stream_stream_rpc_method_handler(partial(self._refuse, handler_call_details.method))
 
     def _has_token(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
         for key, value in metadata:
@@ -140,12 +141,12 @@ class TokenGuard(grpc.aio.ServerInterceptor):
                     return True
         return False
 
-    async def _refuse(self, _messages: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    async def _refuse(self, method: str, _messages: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         error = RequestError(
             "this server takes calls with a token only; send one that it knows as metadata: authorization: Bearer TOKEN",
             code=Code.UNAUTHENTICATED,
             reason=Reason.UNAUTHENTICATED,
         )
-        self._on_refused(error)
+        self._on_refused(error, method)
         status = rpc_status.to_status(to_status(error))  # type: ignore[no-untyped-call]
         await context.abort(status.code, status.details, status.trailing_metadata)

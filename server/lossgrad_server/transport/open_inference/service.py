@@ -15,6 +15,7 @@ from lossgrad_api.inference import SERVICE, messages, pool
 from lossgrad_api.wire import CodecError
 from lossgrad_server.errors import Code, Reason, RequestError
 from lossgrad_server.transport.call import Call, Method, Send, UnaryHandler
+from lossgrad_server.transport.open_inference import stream
 from lossgrad_server.transport.open_inference.codec import parse
 from lossgrad_server.transport.open_inference.infer import InferRequests, PendingInfer, malformed
 from lossgrad_server.transport.open_inference.models import MODELS, VERSION, configuration, find_model, metadata
@@ -86,9 +87,9 @@ class OpenInferenceService:
         for method in pool().FindServiceByName(SERVICE).methods:
             name = f"/{SERVICE}/{method.name}"
             if method.name == "ModelInfer":
-                methods.append(Method(name, unary=self.model_infer, is_occasional=True))
+                methods.append(Method(name, unary=self.model_infer, is_occasional=True, api=API))
             elif method.name == "ModelStreamInfer":
-                methods.append(Method(name, stream=self.model_stream_infer, is_occasional=True))
+                methods.append(Method(name, stream=self.model_stream_infer, is_occasional=True, api=stream.API))
             else:
                 handler = _with_messages(method.input_type.name, handlers[method.name])
                 methods.append(Method(name, unary=handler, is_occasional=True))
