@@ -41,7 +41,9 @@ def overlap(first: Array, second: Array) -> Array:
     near = np.maximum(first[:, :2] - first[:, 2:] / 2, second[:, :2] - second[:, 2:] / 2)
     far = np.minimum(first[:, :2] + first[:, 2:] / 2, second[:, :2] + second[:, 2:] / 2)
     common = np.prod(np.clip(far - near, 0, None), axis=1)
-    return common / (np.prod(first[:, 2:], axis=1) + np.prod(second[:, 2:], axis=1) - common)
+    union = np.prod(first[:, 2:], axis=1) + np.prod(second[:, 2:], axis=1) - common
+    shares: Array = common / union
+    return shares
 
 
 def images() -> list[Image]:

@@ -6,6 +6,7 @@ kubectl renders the overlays; where it is not installed, or too old for componen
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import subprocess
 from functools import cache
@@ -129,6 +130,17 @@ def test_the_probes_ask_for_names_that_the_health_service_knows(overlay: str) ->
         assert container[probe]["grpc"]["port"] == defaults.port
         expected = health.LIVENESS_NAME if probe == "livenessProbe" else SERVICE
         assert container[probe]["grpc"]["service"] == expected
+
+
+def test_the_autoscaler_in_the_documents_follows_the_schema_and_scales_what_there_is() -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/scaling.md").read_text(), re.DOTALL)
+    scaler = yaml.safe_load(text)
+    for version in VERSIONS:
+        validate.validate(scaler, version, strict=True)
+    deployment = yaml.safe_load((KUBERNETES / "base/deployment.yaml").read_text())
+    target = scaler["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == (deployment["kind"], deployment["metadata"]["name"])
 
 
 @pytest.mark.parametrize("component", ["monitoring", "autoscaling"])

@@ -64,14 +64,15 @@ def test_it_is_merged_copied_pickled_and_reset(client: LossClient) -> None:
     expected = client.evaluate([(*batch, {"group": index % 3}) for index, batch in enumerate(BATCHES)], losses)
     odd.merge_state(even)
     assert odd.accumulation() == expected.accumulation
-    for each in (odd, odd.clone(), pickle.loads(pickle.dumps(odd))):  # noqa: S301
+    copies: list[Any] = [odd, odd.clone(), pickle.loads(pickle.dumps(odd))]  # noqa: S301
+    for each in copies:
         assert [value.item() for value in each.compute()] == [total.value for total in expected]
         assert set(each.report().groups) == {"0", "1", "2"}
-    again = odd.clone()
+    again: Any = odd.clone()
     again.update(*BATCHES[0])  # a copy goes on, with the same client
     assert again.accumulation().element_count == odd.accumulation().element_count + 150
-    odd.persistent(True)
     loaded = LossMetric(losses, client=client)
+    odd.persistent(True)
     loaded.persistent(True)
     loaded.load_state_dict(odd.state_dict())
     assert loaded.accumulation() == expected.accumulation
