@@ -20,6 +20,7 @@ from bench.transport import QUICK, SECTIONS
 from lossgrad.slice_window import SliceRequest, SliceWindow
 from lossgrad_api import codec
 from lossgrad_api.v1 import loss_service_pb2 as pb
+from lossgrad_server.isolation.memory import why_impossible as no_isolation
 from lossgrad_server.shared_memory.segments import why_impossible
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +129,19 @@ def test_shared_memory_is_measured_beside_the_wire_and_the_kernel() -> None:
     assert set(size["seconds"]) == {"wire", "shared", "in place", "kernel", "small"}
     assert all(seconds > 0 for seconds in size["seconds"].values())
     assert len(report["bars"]) == 1
+
+
+@pytest.mark.slow
+def test_a_worker_in_a_process_of_its_own_is_measured_beside_the_thread_s() -> None:
+    if reason := no_isolation():
+        pytest.skip(reason)
+    report = _run("bench.isolation", "--json", "--rounds", "1", "--seconds", "0.2", "--sizes", "1KiB", "1MiB")
+    assert [(one["bytes"], one["case"]) for one in report["cases"]] == [
+        (size, case) for size in (1024, 1 << 20) for case in ("throughput", "alone")
+    ]
+    assert all(rate > 0 for one in report["cases"] for rate in one["calls_per_second"])
+    (bar,) = report["bars"]
+    assert bar["bar"] == 0.85
 
 
 @pytest.mark.slow

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.job import Job, Outcome
 from lossgrad_server.errors import DeadlinePassed, InternalError
+from lossgrad_server.work import BatchResult, WorkItem, WorkResult
 from tests.server.batching import PATIENCE_SECONDS, Answers, FakeWorker, Observed, batcher
+from tests.server.serving import eventually
 
 LITTLE = 10  # elements
 
@@ -145,3 +147,58 @@ def test_the_jobs_of_a_batch_with_one_receiver_are_handed_back_together(
     assert one.submit([a, b, c, d]) == []
     assert handed_back == [["a", "b"], ["d"]]
     assert answers.order == ["c"]
+
+
+class _Elsewhere:
+    """A pending of a worker elsewhere, which is done when the test says so."""
+
+    def __init__(self, result: BatchResult) -> None:
+        self._result = result
+        self.may_end = threading.Event()
+        self.threads: list[threading.Thread] = []
+
+    def advance(self) -> bool:
+        return not self.may_end.is_set()
+
+    def is_done(self) -> bool:
+        return self.may_end.is_set()
+
+    def result(self) -> BatchResult:
+        assert self.may_end.wait(PATIENCE_SECONDS)
+        self.threads.append(threading.current_thread())
+        return self._result
+
+
+class _WorkerElsewhere(FakeWorker):
+    """A worker that takes little inline, and may then take longer."""
+
+    inline_work = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending: list[_Elsewhere] = []
+
+    def submit(self, items: Sequence[WorkItem]) -> _Elsewhere:  # type: ignore[override]
+        self.pending.append(_Elsewhere(BatchResult([WorkResult(item.header, ()) for item in items], 1, 2, 3)))
+        return self.pending[-1]
+
+
+def test_inline_work_that_takes_longer_is_left_to_the_workers_thread() -> None:
+    worker, answers = _WorkerElsewhere(), Answers()
+    one = batcher(worker)
+    one.start()
+    one.wait_until_warm()
+    eventually(lambda: one.is_idle)
+    assert one.submit([answers.job("a")]) == []  # returns, though it is not done
+    assert answers.outcomes["a"] == []
+    assert one.admitted_requests == 1
+    assert one.submit([answers.job("b")]) == []  # the device is not free
+    worker.pending[0].may_end.set()
+    answers.wait_for(1)
+    eventually(lambda: len(worker.pending) == 2)
+    worker.pending[1].may_end.set()
+    answers.wait_for(1)
+    assert [answers.computed(name).result.scalars for name in "ab"] == [b"a", b"b"]
+    assert threading.current_thread() not in worker.pending[0].threads
+    assert one.admitted_requests == 0
+    one.close(PATIENCE_SECONDS)

@@ -21,13 +21,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 from lossgrad_server.batching.admission import Admission, AdmissionLimits
 from lossgrad_server.batching.forming import Batch, BatchLimits, ClosedBy, InOrder, form_batch
 from lossgrad_server.batching.job import BatchFacts, Computed, Job, Outcome
-from lossgrad_server.batching.outcomes import failure_of, hand_back
-from lossgrad_server.batching.run import Run
+from lossgrad_server.batching.outcomes import LATE, failure_of, hand_back
+from lossgrad_server.batching.run import BatchObserver, Run
 from lossgrad_server.batching.schedule import ADMITTED_PART, Schedule
 from lossgrad_server.batching.waiting import WaitingJobs
 from lossgrad_server.errors import DeadlinePassed, InternalError, Reason, RequestError, Unavailable
@@ -37,18 +37,6 @@ logger = logging.getLogger(__name__)
 
 # How long after its deadline a job that is being computed is given up for its caller. Most are done in that time.
 LATE_SECONDS: Final = 0.1
-
-_LATE: Final = (
-    "this request's deadline passed while the device was computing it; allow more time, or send fewer or smaller requests "
-    "at a time"
-)
-
-
-class BatchObserver(Protocol):
-    """What watches the batcher: metrics.py. Called from the batcher's thread, once per batch."""
-
-    def batch_done(self, batch: Batch, result: BatchResult, busy_ns: int) -> None:
-        """Take note of a batch that ran; the device was busy with it for `busy_ns`."""
 
 
 class Batcher:
@@ -76,6 +64,7 @@ class Batcher:
         self._batch_limits = batch_limits
         self._waiting = WaitingJobs(batch_limits, self._schedule)
         self._begun: list[Run] = []  # by the worker's thread, which may be inside the worker with the last
+        self._left_over: deque[Run] = deque()  # begun by who submitted them, for the worker's thread to finish
         self._is_any_late = False
         self._on_lost = on_lost
         self._is_lost = False
@@ -211,7 +200,7 @@ class Batcher:
                 for job in run.batch.jobs:
                     if job.deadline is not None and now > job.deadline + LATE_SECONDS and not job.is_answered:
                         job.is_answered = self._is_any_late = True
-                        late.append((job, DeadlinePassed(_LATE)))
+                        late.append((job, DeadlinePassed(LATE)))
         if overdue:
             self._deliver([*overdue])
         hand_back(late)
@@ -237,7 +226,7 @@ class Batcher:
             self._device.release()
         hand_back(self._release(outcomes))
         with self._lock:
-            must_ring = self._is_asleep and len(self._waiting) > 0
+            must_ring = self._is_asleep and (len(self._waiting) > 0 or len(self._left_over) > 0)
             if must_ring:
                 self._is_asleep = False
         if must_ring:
@@ -246,9 +235,16 @@ class Batcher:
     def _compute(self, run: Run) -> list[tuple[Job, Outcome]]:
         try:
             run.pending = self._worker.submit([job.item for job in run.batch.jobs])
+            is_done = not run.pending.advance() and run.pending.is_done()
         except Exception as error:
             return self._failed(run, error)
-        return self._result(run)
+        if is_done:
+            return self._result(run)
+        # A worker elsewhere takes longer than it should: its thread may wait for it, and this one may not.
+        self._schedule.begin(run.batch.work, is_large=False)
+        self._begun.append(run)
+        self._left_over.append(run)
+        return []
 
     def close(self, timeout_seconds: float) -> None:
         """Refuse what comes and what waits, let the running batch finish, close the worker and end its thread."""
@@ -303,6 +299,8 @@ class Batcher:
         """Submit what waits, as far as there are slots. Sleeps where there is nothing to do; False: for ever."""
         while True:
             with self._lock:
+                while self._left_over:
+                    under_way.append(self._left_over.popleft())
                 small = self._waiting.take_small() if len(under_way) < self._worker.slots else None
                 has_large = any(run.is_large for run in under_way)
                 large = None if has_large or len(under_way) >= self._worker.slots else self._waiting.take_large()

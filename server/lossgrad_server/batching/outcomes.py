@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 from lossgrad_server.batching.job import Job, Outcome
 from lossgrad_server.errors import Code, InternalError, Reason, RequestError, TooLarge
 from lossgrad_server.work import FailureKind, WorkFailure
 
 logger = logging.getLogger(__name__)
+
+LATE: Final = (
+    "this request's deadline passed while the device was computing it; allow more time, or send fewer or smaller requests "
+    "at a time"
+)
 
 
 def hand_back(outcomes: list[tuple[Job, Outcome]]) -> None:

@@ -1,11 +1,19 @@
-"""A batch that the worker has been given."""
+"""A batch that the worker has been given, and who watches batches."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Protocol
 
 from lossgrad_server.batching.forming import Batch
-from lossgrad_server.work import Pending
+from lossgrad_server.work import BatchResult, Pending
+
+
+class BatchObserver(Protocol):
+    """What watches the batcher: metrics.py. Called from the batcher's thread, once per batch."""
+
+    def batch_done(self, batch: Batch, result: BatchResult, busy_ns: int) -> None:
+        """Take note of a batch that ran; the device was busy with it for `busy_ns`."""
 
 
 class Run:

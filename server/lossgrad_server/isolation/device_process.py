@@ -66,7 +66,7 @@ def run(
         return 0
     limits = getattr(worker, "large_limits", LargeLimits(UNLIMITED, UNLIMITED))
     try:
-        channel.send(Facts(worker.device, determinism, gpu_uuid or "", worker.slots, limits).pack())
+        channel.send(Facts(worker.device, determinism, gpu_uuid or "", worker.slots, worker.inline_work, limits).pack())
         return _DeviceProcess(channel, worker).serve()
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the server has gone

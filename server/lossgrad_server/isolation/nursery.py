@@ -148,8 +148,9 @@ def preload(options: argparse.Namespace) -> None:
 def main(
     arguments: Sequence[str] | None = None,
     create: Callable[[argparse.Namespace], DeviceWorker] = create_worker,
+    tell: Callable[[DeviceWorker], tuple[str, str | None]] = describe,
 ) -> int:
-    """Serve the channel whose descriptor is given. `create` makes a process's worker."""
+    """Serve the channel whose descriptor is given. `create` makes a process's worker, `tell` says what `describe` does."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(description=__doc__)
@@ -167,7 +168,7 @@ def main(
     gc.disable()  # a collection would copy pages that are shared with the processes
     gc.freeze()
     channel = socket.socket(fileno=options.channel)
-    Nursery(channel, lambda own: device_process.run(own, lambda: create(options), describe)).serve()
+    Nursery(channel, lambda own: device_process.run(own, lambda: create(options), tell)).serve()
     return 0
 
 

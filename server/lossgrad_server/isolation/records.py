@@ -56,8 +56,8 @@ _KIND: Final = struct.Struct("<B7x")
 _FORKED: Final = struct.Struct("<B3xi")  # kind, process id
 _ENDED: Final = struct.Struct("<B3xii4x")  # kind, process id, status as os.waitpid gives it
 _TEXT: Final = struct.Struct(f"<BxH4x{MAX_MESSAGE_BYTES}s")  # kind, length, text
-# kind, slots, large work, large bytes; lengths of device, determinism, GPU's UUID; all three
-_FACTS: Final = struct.Struct("<BxHxxxxqqHHHxx64s384s64s")
+# kind, slots, inline work, large work, large bytes; lengths of device, determinism, GPU's UUID; all three
+_FACTS: Final = struct.Struct("<BxHxxxxqqqHHHxx64s384s64s")
 _MAP: Final = struct.Struct("<BxHxxxxq")  # kind, slot, byte count
 # kind, whether to forget all plans, slot, number of the batch, items, plans
 _RUN: Final = struct.Struct("<B?HIII")
@@ -86,21 +86,28 @@ class Facts(NamedTuple):
     determinism: str
     gpu_uuid: str  # empty for a CPU
     slots: int
+    inline_work: int
     large: LargeLimits
 
     def pack(self) -> bytes:
         """Return the packet."""
         texts = [self.device.encode()[:64], self.determinism.encode()[:384], self.gpu_uuid.encode()[:64]]
         return _FACTS.pack(
-            Kind.FACTS, self.slots, self.large.work, self.large.byte_count, *(len(text) for text in texts), *texts
+            Kind.FACTS,
+            self.slots,
+            self.inline_work,
+            self.large.work,
+            self.large.byte_count,
+            *(len(text) for text in texts),
+            *texts,
         )
 
     @classmethod
     def unpack(cls, packet: bytes) -> Facts:
         """Read the packet."""
-        _, slots, work, byte_count, *rest = _FACTS.unpack(packet)
+        _, slots, inline_work, work, byte_count, *rest = _FACTS.unpack(packet)
         device, determinism, uuid = (text[:length].decode() for length, text in zip(rest[:3], rest[3:], strict=True))
-        return cls(device, determinism, uuid, slots, LargeLimits(work, byte_count))
+        return cls(device, determinism, uuid, slots, inline_work, LargeLimits(work, byte_count))
 
 
 def pack_text(kind: Kind, text: str) -> bytes:

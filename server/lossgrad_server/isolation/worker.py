@@ -1,8 +1,8 @@
 """The device worker that computes in another process: what the batcher has in place of the engine's own.
 
-Owned by one thread, the batcher's, as every worker is. The operands of a batch are copied into a slot of shared memory, its
-answers out of it; while one batch computes, the next is copied in. So the server's own memory holds all that is needed to
-compute a batch again, and a process that dies costs nobody an answer.
+Used by one thread at a time, as every worker is: the batcher's, or for a moment the one that submits a little. The operands
+of a batch are copied into a slot of shared memory, its answers out of it; while one batch computes, the next is copied in.
+So the server's own memory holds all that is needed to compute a batch again, and a process that dies costs nobody an answer.
 
 Losses. A process that dies, that takes longer for a batch than the limit, or whose device has failed for good, is replaced
 (keeper.py). What it held is computed again by the next one, one request at a time, because one of them may be what killed
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 _REPLACEMENT_SECONDS: Final = 10.0
 # A large request goes on by itself: this is how long the batcher waits before it looks for small ones that have come.
 _LOOK_SECONDS: Final = 0.001
+# Up to here a hand-over to another thread costs more than waiting; above, the copies are better made beside the event loop.
+_INLINE_WORK: Final = 1 << 14
 # A batch may take the limit, and as much again for each of so many bytes.
 _BYTES_PER_LIMIT: Final = 256 << 20
 # With this many deaths a request is what killed the process.
@@ -81,8 +83,8 @@ class IsolatedWorker:
 
     @property
     def inline_work(self) -> int:
-        """None: nobody else is to wait for another process."""
-        return 0
+        """Little: who submits waits for a moment, and leaves to the batcher's thread what takes longer."""
+        return min(self.keeper.facts.inline_work, _INLINE_WORK)
 
     @property
     def is_lost(self) -> bool:

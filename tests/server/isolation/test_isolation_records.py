@@ -32,7 +32,7 @@ def test_a_batch_s_end_comes_back(done: BatchDone) -> None:
 
 @given(INT64, INT64, st.integers(1, 9))
 def test_facts_come_back(work: int, byte_count: int, slots: int) -> None:
-    facts = Facts("cuda:0", "lossgrad-cuda 2; NVIDIA H200", "GPU-1", slots, LargeLimits(work, byte_count))
+    facts = Facts("cuda:0", "lossgrad-cuda 2; NVIDIA H200", "GPU-1", slots, work, LargeLimits(work, byte_count))
     assert records.kind_of(facts.pack()) == Kind.FACTS
     assert Facts.unpack(facts.pack()) == facts
 
