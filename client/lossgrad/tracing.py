@@ -1,7 +1,7 @@
 """OpenTelemetry's traces, as far as a client takes part: a span for each call and each pair of a stream, passed on.
 
-Only in a process that has imported OpenTelemetry itself: without that there is no trace to take part in, and nothing here
-is done. Servers are told the W3C trace context, by metadata or, for requests that share a stream, beside each of them.
+Only in a process that uses OpenTelemetry itself: that has a tracer provider, or a current span. Without that there is no
+trace to take part in, and nothing here is done. Servers are told the W3C trace context, by metadata or, for requests that share a stream, beside each of them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,13 @@ _tracers: dict[int, tuple[Any, Any]] = {}  # the provider of this process, by it
 
 
 def is_on() -> bool:
-    """Whether this process uses OpenTelemetry."""
-    return "opentelemetry.trace" in sys.modules
+    """Whether this process uses OpenTelemetry: many libraries import it, and few programs then provide a tracer."""
+    trace = sys.modules.get("opentelemetry.trace")
+    if trace is None:
+        return False
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider) or (
+        trace.get_current_span() is not trace.INVALID_SPAN
+    )
 
 
 @contextmanager

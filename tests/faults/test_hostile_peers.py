@@ -7,6 +7,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 
+import grpc
 import numpy as np
 import pytest
 from h2.events import SettingsAcknowledged
@@ -68,6 +69,9 @@ def test_r11_slow_readers_cost_bounded_memory_and_nobody_else(patient: tuple[Pro
     small = outer_difference(1024)
     body = framed((stream_message(small) if path == STREAM_COMPUTE_LOSS else small).SerializeToString())
     with Victim(address) as victim:
+        # What the first such answer makes the server load is not the slow readers' doing.
+        with grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)]) as channel:
+            assert len(channel.unary_unary(COMPUTE_LOSS)(small.SerializeToString(), timeout=30)) > 4 * MIB
         before = peak = resident_bytes(pid)
         refused = 0
         with Peer(address, window=0) as peer:
