@@ -1,7 +1,8 @@
 """OpenTelemetry's traces, as far as a client takes part: a span for each call and each pair of a stream, passed on.
 
-Only in a process that uses OpenTelemetry itself: that has a tracer provider, or a current span. Without that there is no
-trace to take part in, and nothing here is done. Servers are told the W3C trace context, by metadata or, for requests that share a stream, beside each of them.
+Only in a process that uses OpenTelemetry itself, that is, has a tracer provider or a current span: without that there is no
+trace to take part in, and nothing here is done. Servers are told the W3C trace context, by metadata or, for requests that
+share a stream, beside each of them.
 """
 
 from __future__ import annotations
