@@ -71,7 +71,7 @@ def test_r11_slow_readers_cost_bounded_memory_and_nobody_else(patient: tuple[Pro
     with Victim(address) as victim:
         # What the first such answer makes the server load is not the slow readers' doing.
         with grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)]) as channel:
-            call: Callable[..., bytes] = channel.unary_unary(COMPUTE_LOSS)  # type: ignore[assignment]
+            call: Callable[..., bytes] = channel.unary_unary(COMPUTE_LOSS)
             assert len(call(small.SerializeToString(), timeout=30)) > 4 * MIB
         before = peak = resident_bytes(pid)
         refused = 0
