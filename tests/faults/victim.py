@@ -23,14 +23,7 @@ class Victim:
         self._done = threading.Event()
         self._client = lossgrad.LossClient(address)
         self._expected = self._client.l1(X, Y).value
-        # What its calls take while nobody does harm: a busy machine is slower by itself.
-        self._base_seconds = max(self._timed() for _ in range(50))
         self._thread = threading.Thread(target=self._call)
-
-    def _timed(self) -> float:
-        began = time.monotonic()
-        assert self._client.l1(X, Y).value == self._expected
-        return time.monotonic() - began
 
     def _call(self) -> None:
         while not self._done.wait(0.01):
@@ -51,10 +44,10 @@ class Victim:
         self._client.close()
 
     def check(self, most_seconds: float) -> str:
-        """All its calls were answered, 99 of 100 within this long, or three times what they take alone."""
+        """All its calls were answered, 99 of 100 within this long."""
         assert not self.failures, self.failures[0]
         eventually(lambda: len(self.seconds) > 20 or self.failures)
         assert not self.failures, self.failures[0]
         p99 = percentile(sorted(self.seconds), 99)
-        assert p99 <= max(most_seconds, 3 * self._base_seconds), f"p99 {p99:.3f} s, alone {self._base_seconds:.3f} s"
+        assert p99 <= most_seconds, f"p99 {p99:.3f} s"
         return f"the victim's {len(self.seconds)} calls: p99 {p99 * 1e3:.1f} ms, max {max(self.seconds) * 1e3:.1f} ms"
