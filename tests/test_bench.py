@@ -145,6 +145,17 @@ def test_a_worker_in_a_process_of_its_own_is_measured_beside_the_thread_s() -> N
 
 
 @pytest.mark.slow
+def test_several_processes_are_measured_beside_one() -> None:
+    report = _run("bench.processes", "--json", "--rounds", "1", "--seconds", "0.2", "--callers", "3")
+    assert len(report["cases"]) == 8
+    assert {one["server"] for one in report["cases"]} == {"one", "several"}
+    for one in report["cases"]:
+        (measured,) = one["rounds"]
+        assert measured["requests_per_second"] > 0
+        assert measured["server_seconds_per_request"] >= 0
+
+
+@pytest.mark.slow
 def test_evaluate_is_measured_beside_its_floor() -> None:
     report = _run("bench.evaluate", "--json", "--rounds", "1", "--burst-seconds", "0.05", "--sizes", "1KiB", "256KiB")
     assert [row["slice_bytes"] for row in report["rows"]] == [1024, 256 << 10]

@@ -32,6 +32,7 @@ from lossgrad.metrics import ClientMetrics
 from lossgrad_server import errors
 from lossgrad_server.config import ServerConfig, environment_variable, flag
 from lossgrad_server.metrics import Metrics
+from lossgrad_server.processes.merging import MergedMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/*.md")])
@@ -266,6 +267,10 @@ def exposition(server: ServerProcess) -> list[Metric]:
         for one in text_string_to_metric_families(generate_latest(metrics.registry).decode())
         if one.name not in known
     ]
+    # And with several processes.
+    place = SimpleNamespace(name="0", is_serving=True, restarts=0, ask_for_metrics=lambda: (0, None))
+    known = {family.name for family in families}
+    families += [family for family in MergedMetrics([place]).collect() if family.name not in known]
     return [family for family in families if not family.name.endswith("_created")]
 
 
