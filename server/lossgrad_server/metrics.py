@@ -24,7 +24,7 @@ from lossgrad_server.gauges import DeviceMemoryCollector, Limits, QueueCollector
 from lossgrad_server.histograms import Histogram
 from lossgrad_server.isolation.loss import Loss
 from lossgrad_server.jobs import DataType, JobPlan, LossKind
-from lossgrad_server.work import BatchResult
+from lossgrad_server.work import BatchResult, Retry
 
 # From 10 microseconds: the usual buckets start at 5 ms, where every request of ours would be in the first.
 SECONDS: Final = (
@@ -181,6 +181,13 @@ class Metrics:
             ("device",),
             FILL,
         )
+        retries = Counter(
+            "lossgrad_batch_retries",
+            "Times that a batch, or a part of one, was computed once more, by why.",
+            ("device", "reason"),
+            registry=registry,
+        )
+        self.batch_retries = {retry: retries.labels(device, retry) for retry in Retry}
         self.rejected = Counter(
             "lossgrad_rejected",
             "Requests refused for what the server is at, not for what they are.",
@@ -308,6 +315,8 @@ class Metrics:
         self._batch_elements.observe(batch.element_count)
         self._batch_fill.observe(self._limits.fill_of(batch))
         self._utilization.busy(busy_ns * 1e-9)
+        for retry in result.retries:
+            self.batch_retries[retry].inc()
 
 
 def labels(plan: JobPlan | None) -> tuple[str, str]:

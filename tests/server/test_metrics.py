@@ -15,11 +15,12 @@ from lossgrad_api import inference
 from lossgrad_api.codec import SERVICE
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_api.v1.loss_service_pb2_grpc import LossServiceStub
-from lossgrad_server.batching.forming import Batch
+from lossgrad_server.batching.forming import Batch, ClosedBy
 from lossgrad_server.errors import Code, Reason, RequestError
 from lossgrad_server.gauges import Limits
 from lossgrad_server.jobs import DataType
 from lossgrad_server.metrics import Metrics, SliceOutcome
+from lossgrad_server.work import BatchResult, Retry
 from tests.server.calling import Connect, failure, stub_on
 from tests.server.requests import L1, SMOOTH_L1, request
 from tests.server.scraping import Scrape, labelled
@@ -170,6 +171,7 @@ COUNTERS = [
     "lossgrad_requests",
     "lossgrad_elements",
     "lossgrad_batches",
+    "lossgrad_batch_retries",
     "lossgrad_rejected",
     "lossgrad_nonfinite_results",
     "lossgrad_accumulation_slices",
@@ -286,6 +288,7 @@ CLOSED = {
     "closed_by": {"idle", "inline", "max_requests", "max_elements", "max_bytes", "alone", "deadline"},
     "reason": {
         "queue_full", "bytes_full", "predicted_late", "draining", "warming_up", "too_large", "deadline", "restarting",
+        *Retry,
     },
     "cause": {"killed", "exited", "hung", "device"},
     "grpc_type": {"unary", "bidi_stream"},
@@ -364,7 +367,19 @@ def test_every_error_has_an_outcome_and_a_rejection_from_the_closed_sets(metrics
     outcomes = {dict(labels)["outcome"] for labels in found.of("lossgrad_requests_total")}
     assert outcomes == CLOSED["outcome"] - {"ok", *SliceOutcome}
     assert sum(found.of("lossgrad_requests_total").values()) == len(Code) * len(Reason)
-    assert {dict(labels)["reason"] for labels in found.of("lossgrad_rejected_total")} == CLOSED["reason"]
+    assert {dict(labels)["reason"] for labels in found.of("lossgrad_rejected_total")} == CLOSED["reason"] - {*Retry}
+
+
+def test_what_was_computed_once_more_is_counted_by_why(metrics: Metrics) -> None:
+    batch = Batch(closed_by=ClosedBy.IDLE)
+    metrics.batch_done(batch, BatchResult([], 1, 2, 3), 6)
+    metrics.batch_done(batch, BatchResult([], 1, 2, 3, (Retry.ERROR, Retry.WORKER_LOST, Retry.ERROR)), 6)
+    found = Scrape(generate_latest(metrics.registry).decode())
+    assert {reason: found("lossgrad_batch_retries_total", device="cpu", reason=reason) for reason in Retry} == {
+        "out_of_memory": 0,  # there from the start, so that a rate of it is 0 and not nothing
+        "error": 2,
+        "worker_lost": 1,
+    }
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from lossgrad_server.work import (
     DeviceWorker,
     LargeLimits,
     Pending,
+    Retry,
     WorkFailure,
     WorkItem,
     WorkResult,
@@ -192,6 +193,8 @@ class _DeviceProcess:
             result.pack_ns,
             result.compute_ns,
             result.unpack_ns,
+            result.retries.count(Retry.OUT_OF_MEMORY),
+            result.retries.count(Retry.ERROR),
         )
         self._channel.send(done.pack())
 

@@ -61,8 +61,9 @@ _FACTS: Final = struct.Struct("<BxHxxxxqqqHHHxx64s384s64s")
 _MAP: Final = struct.Struct("<BxHxxxxq")  # kind, slot, byte count
 # kind, whether to forget all plans, slot, number of the batch, items, plans
 _RUN: Final = struct.Struct("<B?HIII")
-# kind, whether the device is lost, slot, number of the batch, nanoseconds of packing, computing, unpacking
-_DONE: Final = struct.Struct("<B?HIqqq")
+# kind, whether the device is lost, slot, number of the batch, nanoseconds of packing, computing, unpacking; how often a part
+# of it was computed once more, out of memory and for other errors
+_DONE: Final = struct.Struct("<B?HIqqqII")
 
 ITEM: Final = struct.Struct("<I4xq")  # number of its plan, offset of its block
 PLAN: Final = struct.Struct("<IIq")  # its number, the length of its header, where that lies
@@ -183,6 +184,8 @@ class BatchDone(NamedTuple):
     pack_ns: int
     compute_ns: int
     unpack_ns: int
+    memory_retries: int = 0
+    error_retries: int = 0
 
     def pack(self) -> bytes:
         """Return the packet."""

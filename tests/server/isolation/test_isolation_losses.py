@@ -16,13 +16,14 @@ from lossgrad_server.isolation.link import Link
 from lossgrad_server.isolation.loss import Loss
 from lossgrad_server.isolation.worker import IsolatedWorker
 from lossgrad_server.jobs import DataType, JobPlan, TensorPlan
-from lossgrad_server.work import FailureKind, WorkFailure, WorkResult
+from lossgrad_server.work import FailureKind, Retry, WorkFailure, WorkResult
 from tests.server.engine.building import Job, check, job, result_bytes, spec
 from tests.server.isolation.failing_nursery import (
     EXITS_AT,
     FAULTS_AT,
     HANGS_AT,
     IS_SLOW_AT,
+    IS_SPLIT_AT,
     LOSES_DEVICE_AT,
     PROGRAM,
 )
@@ -108,6 +109,12 @@ def test_a_large_request_goes_on_in_the_next_process(isolated: IsolatedWorker, n
     assert noted.losses == [Loss.KILLED]
 
 
+def test_what_the_process_computed_once_more_is_told(isolated: IsolatedWorker) -> None:
+    result = isolated.submit([of_size(IS_SPLIT_AT).item, NEIGHBOURS[0].item]).result()
+    assert all(isinstance(outcome, WorkResult) for outcome in result.outcomes)
+    assert sorted(result.retries) == [Retry.ERROR, Retry.OUT_OF_MEMORY, Retry.OUT_OF_MEMORY]
+
+
 @pytest.mark.parametrize(
     ("count", "loss"), [(EXITS_AT, Loss.EXITED), (FAULTS_AT, Loss.KILLED), (LOSES_DEVICE_AT, Loss.DEVICE)]
 )
@@ -118,7 +125,9 @@ def test_a_poison_request_is_refused_alone(
     crashes = []
     isolated.on_crash = lambda: crashes.append(1)
     jobs = [*NEIGHBOURS[:place], of_size(count), *NEIGHBOURS[place:]]
-    outcomes = isolated.submit([one.item for one in jobs]).result().outcomes
+    result = isolated.submit([one.item for one in jobs]).result()
+    assert result.retries == (Retry.WORKER_LOST,) * len(jobs)
+    outcomes = result.outcomes
     refused = outcomes.pop(place)
     assert isinstance(refused, WorkFailure)
     assert refused.kind == FailureKind.WORKER_CRASHED
@@ -192,9 +201,11 @@ def test_where_no_process_comes_what_was_lost_is_to_be_tried_again(
     monkeypatch.setattr("lossgrad_server.isolation.worker._REPLACEMENT_SECONDS", 0.05)
     os.kill(link(isolated).process_id, signal.SIGKILL)
     eventually(lambda: noted.losses)
-    (outcome,) = isolated.submit([NEIGHBOURS[0].item]).result().outcomes
+    result = isolated.submit([NEIGHBOURS[0].item]).result()
+    (outcome,) = result.outcomes
     assert isinstance(outcome, WorkFailure)
     assert outcome.kind == FailureKind.DEVICE_LOST
+    assert result.retries == ()
     may_start.set()
     eventually(lambda: noted.seconds)
     assert_right(isolated)

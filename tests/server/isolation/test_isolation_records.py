@@ -24,7 +24,7 @@ def test_a_run_comes_back(run: Run) -> None:
     assert Run.unpack(run.pack()) == run
 
 
-@given(st.builds(BatchDone, st.booleans(), st.integers(0, 2**16 - 1), UINT32, INT64, INT64, INT64))
+@given(st.builds(BatchDone, st.booleans(), st.integers(0, 2**16 - 1), UINT32, INT64, INT64, INT64, UINT32, UINT32))
 def test_a_batch_s_end_comes_back(done: BatchDone) -> None:
     assert records.kind_of(done.pack()) == Kind.DONE
     assert BatchDone.unpack(done.pack()) == done
