@@ -111,7 +111,7 @@ def serve_without(flags: Sequence[str]) -> None:
         """Do nothing."""
 
     for owner, names in (
-        (RequestPipeline, ("count", "_count_all")),
+        (RequestPipeline, ("look", "count", "_count_all")),
         (Metrics, ("stage", "failed", "batch_done")),
         (CounterSeries, ("inc",)),
         (HistogramSeries, ("observe",)),

@@ -98,6 +98,7 @@ class Core:
             None if shared_memory is None else shared_memory.segments,
             unsent=Unsent(config.max_queued_bytes // 4),
             tracer=tracer,
+            has_nan=engine.has_nan,
         )
         if shared_memory is not None:
             self.metrics.watch_memory(shared_memory.state)

@@ -79,6 +79,13 @@ class SliceOutcome(StrEnum):
     FAILED = "failed"
 
 
+class NonFinite(StrEnum):
+    """What a request's losses hold that is not finite."""
+
+    NAN = "nan"
+    INFINITE = "inf"  # infinities, and no NaN
+
+
 class CertificateState(Protocol):
     """What the gauge of the certificate reads."""
 
@@ -96,22 +103,21 @@ class RequestMetrics:
         self._ok = metrics.requests.labels(loss, mode, api, "ok")
         self._duration = metrics.request_duration.labels(loss, mode, api)
         self._elements = metrics.elements.labels(loss, mode, dtype, metrics.device)
-        self._nonfinite = metrics.nonfinite_results.labels(loss)
+        self._nonfinite = {kind: metrics.nonfinite_results.labels(loss, kind) for kind in NonFinite}
 
     def exemplar(self, seconds: float, trace_id: str) -> None:
         """Show a trace as an example of requests that take this long."""
         self._duration.exemplar(seconds, trace_id)
 
-    def done(self, seconds: float, element_count: int, times: int, nonfinite_results: int) -> None:
-        """Count requests that were answered with numbers, `seconds` after they came: `times` of `element_count` each.
-
-        `nonfinite_results` of them had a NaN or an infinity among their elements' losses.
-        """
+    def done(self, seconds: float, element_count: int, times: int) -> None:
+        """Count requests that were answered with numbers, `seconds` after they came: `times` of `element_count` each."""
         self._ok.inc(times)
         self._duration.observe(seconds, times)
         self._elements.inc(element_count * times)
-        if nonfinite_results:
-            self._nonfinite.inc(nonfinite_results)
+
+    def nonfinite(self, kind: NonFinite) -> None:
+        """Count a request with such among its elements' losses."""
+        self._nonfinite[kind].inc()
 
 
 class Metrics:
@@ -197,7 +203,7 @@ class Metrics:
         self.nonfinite_results = Counter(
             "lossgrad_nonfinite_results",
             "Requests with a NaN or an infinity among their elements' losses.",
-            ("loss",),
+            ("loss", "kind"),
             registry=registry,
         )
         self.accumulations = Gauge("lossgrad_accumulations", "AccumulateLoss streams that are open.", registry=registry)

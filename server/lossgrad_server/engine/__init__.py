@@ -13,9 +13,19 @@ import sys
 from typing import Any
 
 from lossgrad_server.engine import torch_build
-from lossgrad_server.work import DeviceWorker
+from lossgrad_server.jobs import DataType
+from lossgrad_server.work import Buffer, DeviceWorker
 
-__all__ = ["create_worker", "determinism", "gpu_uuid", "is_gpu", "is_surely_cpu", "memory_bytes", "torch_version"]
+__all__ = [
+    "create_worker",
+    "determinism",
+    "gpu_uuid",
+    "has_nan",
+    "is_gpu",
+    "is_surely_cpu",
+    "memory_bytes",
+    "torch_version",
+]
 
 
 def create_worker(device: str, threads: int | None, kind: str = "fused") -> DeviceWorker:
@@ -94,6 +104,13 @@ def memory_bytes(device: str) -> dict[str, int]:
     from lossgrad_server.engine import devices
 
     return devices.memory_bytes(device)
+
+
+def has_nan(data: Buffer, data_type: DataType) -> bool:
+    """Return whether any of the floating-point elements in these bytes is NaN."""
+    from lossgrad_server.engine import nonfinite
+
+    return nonfinite.has_nan(data, data_type)
 
 
 def torch_version() -> str:

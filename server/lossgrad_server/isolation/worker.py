@@ -281,9 +281,7 @@ class Pending:
             self._worker.wait(run, math.inf)
             retries += run.retries
             for index, item, outcome in zip(self._sent, run.items, run.outcomes, strict=True):
-                self._outcomes[index] = (
-                    self._worker.compute_again(item, retries) if outcome is None else outcome
-                )
+                self._outcomes[index] = self._worker.compute_again(item, retries) if outcome is None else outcome
             pack_ns, compute_ns, unpack_ns = run.pack_ns, run.compute_ns, run.unpack_ns
         outcomes = [outcome for outcome in self._outcomes if outcome is not None]
         return BatchResult(outcomes, pack_ns, compute_ns, unpack_ns, tuple(retries))
