@@ -68,7 +68,7 @@ def build() -> Dashboard:
                 "Build",
                 "What runs: version of lossgrad and torch, and the device.",
                 "lossgrad_build_info{$servers}",
-                hidden=["job", "determinism", "grpc", "python"],
+                hidden=["job", "determinism", "grpc", "python", "cuda"],
                 width=3,
             ),
         ],

@@ -75,9 +75,9 @@ class Core:
         self.on_ready: Callable[[bool], None] = lambda _: None  # called when that changes while it serves
         tracer = create_tracer(config)  # before the device: a bad setting must be told at once
         made = make_worker(config, may_isolate=may_isolate)
-        worker, determinism = made.worker, made.determinism
+        worker = made.worker
         self.device = worker.device
-        self.metrics = create_metrics(config, worker.device, determinism)
+        self.metrics = create_metrics(config, made)
         post = _poster(loop)
         self.batcher = Batcher(
             worker,
@@ -106,7 +106,7 @@ class Core:
             server_version=__version__,
             torch_version=engine.torch_version(),
             device=worker.device,
-            determinism=determinism,
+            determinism=made.determinism,
             max_message_bytes=config.max_message_bytes,
             max_queued_requests=config.max_queued_requests,
             max_queued_bytes=config.max_queued_bytes,

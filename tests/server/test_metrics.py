@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 
 import lossgrad_server
 from lossgrad_api.codec import SERVICE
@@ -203,7 +204,9 @@ def test_build_info_tells_what_runs(server: RunningServer) -> None:
     told = dict(labels)
     assert told["version"] == lossgrad_server.__version__
     assert told["device"] == "cpu"
-    assert told.keys() == {"version", "torch", "python", "grpc", "device", "determinism"}
+    assert told["device_name"]
+    assert (told["torch"], told["cuda"]) == (torch.__version__, torch.version.cuda or "")
+    assert told.keys() == {"version", "torch", "cuda", "python", "grpc", "device", "device_name", "determinism"}
 
 
 # ---- Closed sets ----

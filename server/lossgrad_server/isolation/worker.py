@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter_ns
 from typing import Final
 
@@ -103,6 +103,12 @@ class IsolatedWorker:
         """
         keeper = self.keeper
         return min(max(keeper.restart_seconds, _LEAST_RETRY_SECONDS, 4 * keeper.seconds_without), _MOST_RETRY_SECONDS)
+
+    @property
+    def memory(self) -> Mapping[str, int]:
+        """The device's memory that the process has, in bytes by kind, as it last said; nothing where it has not."""
+        link = self.keeper.link
+        return {} if link is None or link.memory is None else link.memory._asdict()
 
     def is_large(self, plan: JobPlan) -> bool:
         """Return whether a request is computed in pieces."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import itertools
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from lossgrad_server.engine.cpu_worker import CpuWorker
 from lossgrad_server.isolation import nursery
 from lossgrad_server.jobs import unpack_header
-from lossgrad_server.work import BatchResult, Done, FailureKind, Pending, Retry, WorkFailure, WorkItem
+from lossgrad_server.work import BatchResult, DeviceWorker, Done, FailureKind, Pending, Retry, WorkFailure, WorkItem
 
 EXITS_AT = 10_013
 FAULTS_AT = 10_017
@@ -61,5 +62,13 @@ def create(options: argparse.Namespace) -> FailingWorker:
     return FailingWorker(options.threads or 1)
 
 
+def memory(worker: DeviceWorker) -> dict[str, int]:
+    """Return what a GPU's worker would tell; more at each time."""
+    told = next(_TOLD)
+    return {"allocated": told, "reserved": 2 * told, "pinned": 3}
+
+
+_TOLD = itertools.count(1)
+
 if __name__ == "__main__":
-    sys.exit(nursery.main(create=create))
+    sys.exit(nursery.main(create=create, tell_memory=memory))

@@ -110,6 +110,23 @@ def test_a_large_request_goes_on_in_the_next_process(isolated: IsolatedWorker, n
     assert noted.losses == [Loss.KILLED]
 
 
+def test_the_memory_that_the_process_has_is_told_with_a_batch_now_and_then(isolated: IsolatedWorker) -> None:
+    first = link(isolated)
+    os.kill(first.process_id, signal.SIGKILL)
+    eventually(lambda: isolated.keeper.link not in (None, first))
+    assert isolated.memory == {}
+    seen = []
+
+    def has_more() -> bool:
+        check(isolated, NEIGHBOURS[0])
+        seen.append(isolated.memory["allocated"])
+        return seen[-1] > 1
+
+    eventually(has_more)
+    assert isolated.memory == {"allocated": 2, "reserved": 4, "pinned": 3}
+    assert seen.count(1) > 1  # not with every batch
+
+
 def test_what_the_process_computed_once_more_is_told(isolated: IsolatedWorker) -> None:
     result = isolated.submit([of_size(IS_SPLIT_AT).item, NEIGHBOURS[0].item]).result()
     assert all(isinstance(outcome, WorkResult) for outcome in result.outcomes)
