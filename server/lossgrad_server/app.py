@@ -28,6 +28,7 @@ from lossgrad_server.transport.open_inference.service import OpenInferenceDescri
 from lossgrad_server.transport.pipeline import RequestPipeline
 from lossgrad_server.transport.service import LossService, ServiceDescription
 from lossgrad_server.transport.transfers import Unsent
+from lossgrad_server.triton_metrics import TritonCollector
 from lossgrad_server.workers import Outages, make_worker
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Core:
         offer = (lambda _: None) if shared_memory is None else shared_memory.offer
         self.methods: list[Method] = LossService(self.pipeline, description, offer).methods()
         if config.open_inference:
-            self.methods += OpenInferenceService(
+            open_inference = OpenInferenceService(
                 self.pipeline,
                 OpenInferenceDescription(
                     server_version=__version__,
@@ -127,7 +128,10 @@ class Core:
                 ),
                 is_ready=lambda: self.is_ready,
                 regions=None if shared_memory is None else shared_memory.system_regions,
-            ).methods()
+            )
+            self.methods += open_inference.methods()
+            if config.triton_metrics:
+                self.metrics.registry.register(TritonCollector(open_inference.statistics))
 
     async def warm_up(self) -> None:
         """Start the worker and wait until it is warm; from then on requests are served."""

@@ -56,6 +56,11 @@ _OUTCOMES_BY_REASON: Final = {
     Reason.OUT_OF_DEVICE_MEMORY: "oom",
     Reason.DEVICE_FAILED: "device",
     Reason.WORKER_RESTARTING: "device",
+    Reason.UNKNOWN_REGION: "shm",
+    Reason.REGION_EXISTS: "shm",
+    Reason.BAD_REGION: "shm",
+    Reason.REGIONS_FULL: "shm",
+    Reason.SHARED_MEMORY_OFF: "shm",
 }
 _REJECTIONS: Final = {
     Reason.QUEUE_FULL: "queue_full",

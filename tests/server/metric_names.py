@@ -66,7 +66,7 @@ CLOSED = {
     "api": {"native", "stream", "accumulate", "open_inference", "open_inference_stream", "other"},
     "dtype": {data_type.name.lower() for data_type in DataType},
     "outcome": {
-        "ok", "invalid", "overloaded", "too_large", "deadline", "cancelled", "oom", "device", "internal",
+        "ok", "invalid", "overloaded", "too_large", "deadline", "cancelled", "oom", "device", "shm", "internal",
         "unauthenticated",
         *SliceOutcome,
     },

@@ -76,6 +76,8 @@ def test_what_was_computed_once_more_is_counted_by_why(metrics: Metrics) -> None
         (Code.UNAVAILABLE, Reason.DEVICE_FAILED, "device"),
         (Code.UNAVAILABLE, Reason.WORKER_RESTARTING, "device"),
         (Code.INTERNAL, Reason.WORKER_CRASHED, "internal"),
+        (Code.NOT_FOUND, Reason.UNKNOWN_REGION, "shm"),
+        (Code.RESOURCE_EXHAUSTED, Reason.REGIONS_FULL, "shm"),
         (Code.DEADLINE_EXCEEDED, Reason.DEADLINE_PASSED, "deadline"),
         (Code.CANCELLED, Reason.CANCELLED, "cancelled"),
         (Code.INTERNAL, Reason.INTERNAL, "internal"),

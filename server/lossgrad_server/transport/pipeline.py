@@ -107,7 +107,7 @@ class PendingRequest(Job):
         """Return what copies outputs to where they are wanted, before there is an answer; None where nothing does."""
         return None
 
-    def _failed(self) -> None:
+    def _failed(self, error: RequestError) -> None:
         """Take note that the answer is an error."""
 
     def done(self, outcome: Outcome) -> None:
@@ -146,7 +146,7 @@ class PendingRequest(Job):
         if isinstance(outcome, RequestError):
             outcome.request_id = outcome.request_id or self.own_id or new_request_id()
             self._pipeline.metrics.failed(self.plan, self.api, outcome)
-            self._failed()
+            self._failed(outcome)
             answer = outcome
         self._span = None if tracer is None else self._traced(tracer, outcome, begun_ns)
         if isinstance(outcome, RequestError) and outcome.code is Code.INTERNAL:
