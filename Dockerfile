@@ -92,7 +92,8 @@ RUN if [ "${TORCH_FLAVOR}" = cpu ]; then \
       apt-get update && apt-get install --yes --no-install-recommends binutils \
       && rm -rf /var/lib/apt/lists/* \
       && strip --strip-unneeded /opt/lossgrad/lib/python*/site-packages/torch/lib/*.so \
-           /opt/lossgrad/lib/python*/site-packages/llvmlite/binding/*.so; \
+           /opt/lossgrad/lib/python*/site-packages/llvmlite/binding/*.so \
+      && apt-get purge --yes --auto-remove binutils; \
     fi
 
 

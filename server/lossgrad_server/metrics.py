@@ -263,8 +263,7 @@ class Metrics:
         # Series that are there from the start: a rate of what never was is no number, and an alert on it never fires.
         for reason in sorted(set(_REJECTIONS.values())):
             self.rejected.labels(reason)
-        for closed_by in ClosedBy:
-            self.batches.labels(device, closed_by)
+        self._batches = {closed_by: self.batches.labels(device, closed_by) for closed_by in ClosedBy}
         self._request_metrics: dict[tuple[LossKind | None, bool, DataType, str], RequestMetrics] = {}
 
     def watch(self, queue: QueueState) -> None:
@@ -321,7 +320,7 @@ class Metrics:
         self._stages["pack"].observe(result.pack_ns * 1e-9, size)
         self._stages["compute"].observe(result.compute_ns * 1e-9, size)
         self._stages["unpack"].observe(result.unpack_ns * 1e-9, size)
-        self.batches.labels(self.device, batch.closed_by).inc()
+        self._batches[batch.closed_by].inc()
         self._batch_requests.observe(size)
         self._batch_elements.observe(batch.element_count)
         self._batch_fill.observe(self._limits.fill_of(batch))
