@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -45,6 +46,8 @@ _EXPIRY_SECONDS: Final = 0.05
 # Memory kept for the next large message is given back once there has been no request for this long.
 _IDLE_SECONDS: Final = 5.0
 
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 # How often a server that drains looks whether it is done, and how long the last answer has to leave it.
 _DRAINED_SECONDS: Final = 0.05
@@ -232,6 +235,7 @@ class Server:
             self._core.shared_memory.start(self.config.address, self.port)
         await self._health.set_alive()
         await self._grpc.start()
+        logger.info("Warming up: %s takes no requests yet", self.grpc_address)
         try:
             await self._core.warm_up()
         except Exception:
@@ -306,9 +310,11 @@ async def run(config: ServerConfig) -> None:
     server = Server(config)
     signalled: asyncio.Queue[str] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled.put_nowait, number.name)
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, _leave, number.name)
     await server.start()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, signalled.put_nowait, number.name)
     # For people and scripts that start a server on port 0: the one line on standard output.
     print(f"lossgrad-server ready on {server.grpc_address}, metrics {server.metrics_address}", flush=True)  # noqa: T201
     first = asyncio.ensure_future(signalled.get())
@@ -331,6 +337,13 @@ async def run(config: ServerConfig) -> None:
     else:
         again.cancel()
         await drain
+
+
+def _leave(name: str) -> None:
+    """End a server that has not served yet. Nobody is to be told, and compiling cannot be interrupted."""
+    logger.info("%s received while warming up; stopping at once", name)
+    logging.shutdown()
+    os._exit(0)
 
 
 def _shared_memory(config: ServerConfig) -> SharedMemory | None:
