@@ -133,6 +133,25 @@ def test_what_the_process_computed_once_more_is_told(isolated: IsolatedWorker) -
     assert sorted(result.retries) == [Retry.ERROR, Retry.OUT_OF_MEMORY, Retry.OUT_OF_MEMORY]
 
 
+def test_a_process_that_is_given_up_as_soon_as_it_is_there_is_replaced_too(isolated: IsolatedWorker) -> None:
+    """The batcher may lose a process before the keeper's thread, which has just put it there, looks at it again."""
+
+    class GivesUpOnce(Noted):
+        def worker_replaced(self, seconds: float) -> None:
+            super().worker_replaced(seconds)
+            there = isolated.keeper.link
+            if len(self.seconds) == 1 and there is not None:
+                isolated.keeper.lose(there, Loss.DEVICE)
+
+    observer = GivesUpOnce()
+    first = link(isolated)
+    isolated.watch(observer)
+    os.kill(first.process_id, signal.SIGKILL)
+    eventually(lambda: len(observer.seconds) == 2)
+    assert observer.losses == [Loss.KILLED, Loss.DEVICE]
+    assert_right(isolated)
+
+
 @pytest.mark.parametrize(
     ("count", "loss"), [(EXITS_AT, Loss.EXITED), (FAULTS_AT, Loss.KILLED), (LOSES_DEVICE_AT, Loss.DEVICE)]
 )
