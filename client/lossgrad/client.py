@@ -193,9 +193,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         specs, is_single = as_losses(losses)
         outs = gradient_outs(gradient_out, specs, is_single=is_single)
         if self._memory is not None:
-            answer = self._memory.compute(
-                lambda shared: self._send(shared, timeout), input, target, specs, is_single=is_single, **options
-            )
+            answer = self._memory.compute(self._send, timeout, input, target, specs, is_single=is_single, **options)
             if answer is not None:
                 return filled(answer, outs)
         limit = self._limit_bytes
@@ -230,11 +228,14 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         return np.empty(shape, dtype) if self._memory is None else self._memory.empty(shape, dtype)
 
     def _compute_one(self, input: Any, target: Any, loss: Loss, options: dict[str, Any]) -> LossResult:
-        request = known_request(input, target, loss) if not options and self._memory is None else None
-        if request is None or request.byte_count > self._limit_bytes:
+        memory = self._memory
+        known = known_request if memory is None else memory.known_request
+        request: Any = None if options else known(input, target, loss)
+        if request is None or (memory is None and request.byte_count > self._limit_bytes):
             return self.compute(input, target, loss, **options)
         with watched(self._metrics):
-            return self._send(request, None)  # type: ignore[return-value] # that of one loss
+            answer: Any = self._send(request, None) if memory is None else memory.send(self._send, request, None)
+        return self.compute(input, target, loss, **options) if answer is None else answer
 
     @overload
     def stream(

@@ -20,7 +20,7 @@ from lossgrad_server.engine.cpu_layout import CHUNK, LANES
 from lossgrad_server.engine.cpu_memory import Arena, OperandMismatch, output_memory
 from lossgrad_server.engine.cpu_pieces import PendingPieces, Pieces
 from lossgrad_server.engine.cpu_program import Program, program_of
-from lossgrad_server.engine.placement import JobOutputs, has_destinations
+from lossgrad_server.engine.placement import JobOutputs, has_destinations, only_destination
 from lossgrad_server.errors import InternalError
 from lossgrad_server.jobs import JobPlan, unpack_header
 from lossgrad_server.work import (
@@ -233,6 +233,10 @@ class CpuWorker:
             try:
                 if len(item.operands) != program.operand_count:
                     raise OperandMismatch
+                only = only_destination(program, item) if program.work >= _HOLDING_GIL_WORK else None
+                if only is not None and (record := self._arena.compute_into(program, item.operands, only)) is not None:
+                    outcomes[index] = program.result(record, (only,))
+                    continue
                 outputs = JobOutputs(program, item)
                 packed = perf_counter_ns()
                 buffers: list[Buffer] = [*item.operands, outputs.memory]
@@ -240,8 +244,9 @@ class CpuWorker:
                 outcomes[index] = program.result(scalars, outputs.parts)
             except Exception as error:
                 outcomes[index] = failure(error, program)
-            times[0] += packed - started
-            times[1] += perf_counter_ns() - packed
+            finally:
+                times[0] += packed - started
+                times[1] += perf_counter_ns() - packed
         return [outcomes[index] for index in range(len(items))]
 
 
