@@ -109,6 +109,8 @@ def number(value: float) -> str:
         return "-"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
+    if 0 < abs(value) < 0.005:
+        return f"{value:.2g}"
     return f"{value:.3g}" if abs(value) >= 100 else f"{value:.2f}"
 
 

@@ -156,6 +156,18 @@ def test_evaluate_is_measured_beside_its_floor() -> None:
     assert [bar["bar"] for bar in report["bars"]] == [0.8, 0.8]
 
 
+@pytest.mark.slow
+def test_a_data_set_has_the_same_bits_however_it_is_evaluated() -> None:
+    report = _run("bench.dataset", "--json", "--elements", "4000000")
+    (*memory, single, double), same = report["bars"][:4], report["bars"][4:]
+    assert all(0 < bar["value"] < 1000 for bar in memory)
+    assert 0 < single["value"] <= 1e-7
+    assert double["value"] <= 1e-15
+    assert [bar["value"] for bar in same] == [1.0] * 5
+    assert {run["resumed_slices"] for run in report["runs"][:-2]} == {0}
+    assert report["runs"][-2]["resumed_slices"] > 0
+
+
 @pytest.mark.parametrize("size", [1 << 10, 64 << 10, 256 << 10, 4 << 20])
 def test_the_floor_of_evaluate_sends_and_answers_as_evaluate_and_the_server_do(size: int) -> None:
     count = evaluate.packed_count(size)

@@ -46,9 +46,19 @@ class ServerProcess:
         self.stop()
 
     @property
+    def process_id(self) -> int:
+        """The server's process."""
+        return self._process.pid
+
+    @property
     def output(self) -> str:
         """Everything that the server has written so far."""
         return "".join(self._lines)
+
+    def kill(self) -> None:
+        """End the server at once, as a crash would."""
+        self._process.kill()
+        self.stop()
 
     def stop(self) -> int:
         """Ask the server to drain and end; return its exit code."""

@@ -170,6 +170,7 @@ class Keeper:
             raise RuntimeError(message) from None
         self._thread = threading.Thread(target=self._keep, name="lossgrad-keeper", daemon=True)
         self.restart_seconds = 0.0  # how long it took the last time
+        self._lost_at: float | None = None  # on time.monotonic's clock
 
     def watch(self, observer: KeeperObserver) -> None:
         """Tell an observer of losses from now on."""
@@ -196,6 +197,12 @@ class Keeper:
         """The process that is there now."""
         return self._link
 
+    @property
+    def seconds_without(self) -> float:
+        """For how long there has been no process; 0 where there is one."""
+        lost_at = self._lost_at
+        return 0.0 if lost_at is None else time.monotonic() - lost_at
+
     def wait_for_link(self, timeout_seconds: float) -> Link | None:
         """Return the process that is there, or the next; None where there is none for so long, or ever."""
         with self.changed:
@@ -209,6 +216,7 @@ class Keeper:
         with self.changed:
             if self._link is link:
                 self._link = None
+                self._lost_at = time.monotonic()
                 self._retired.append(link)
 
     def close_retired(self) -> None:
@@ -274,6 +282,7 @@ class Keeper:
             logger.warning("The device has a process again, %d, after %.3f s", link.process_id, seconds)
             with self.changed:
                 self._link = link
+                self._lost_at = None
                 self.changed.notify_all()
             if self._observer is not None:
                 self._observer.worker_replaced(seconds)

@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 _REPLACEMENT_SECONDS: Final = 10.0
 # A large request goes on by itself: this is how long the batcher waits before it looks for small ones that have come.
 _LOOK_SECONDS: Final = 0.001
+# How long callers are told to wait for another process.
+_LEAST_RETRY_SECONDS: Final = 0.15
+_MOST_RETRY_SECONDS: Final = 5.0
 # Up to here a hand-over to another thread costs more than waiting; above, the copies are better made beside the event loop.
 _INLINE_WORK: Final = 1 << 14
 # A batch may take the limit, and as much again for each of so many bytes.
@@ -93,8 +96,13 @@ class IsolatedWorker:
 
     @property
     def retry_after_seconds(self) -> float:
-        """About how long it takes until there is a process again."""
-        return min(max(self.keeper.restart_seconds, 0.05), 5.0)
+        """When to come back: when there is likely a process again, and the later the longer there has been none.
+
+        Callers try a few times. What a start took the last time says little on a machine that is busy now; with this the
+        default of three attempts outlasts a start of 0.7 s, and those who come later wait longer.
+        """
+        keeper = self.keeper
+        return min(max(keeper.restart_seconds, _LEAST_RETRY_SECONDS, 4 * keeper.seconds_without), _MOST_RETRY_SECONDS)
 
     def is_large(self, plan: JobPlan) -> bool:
         """Return whether a request is computed in pieces."""

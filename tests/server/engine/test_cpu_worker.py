@@ -6,13 +6,14 @@ import ast
 import os
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numba.core import config
+from numba.core.caching import IndexDataCacheFile
 
 from lossgrad_server.engine import cpu_native, cpu_worker
 from lossgrad_server.engine.cpu_kernel import load_kernel
@@ -315,6 +316,33 @@ class TestCache:
             monkeypatch.setattr(cpu_native, "source_digest", lambda digest=digest: digest)
             hits.append(cpu_native._compile("lossgrad_double", "int64(int64)", _double).cache_hits)
         assert hits == [0, 1, 0]
+
+    @pytest.mark.parametrize("of_a_kind", ["one function of other sources", "two functions of one name"])
+    def test_never_takes_code_for_another_s_where_a_process_ended_between_index_and_code(
+        self, of_a_kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(config, "CACHE_LOCATOR_CLASSES", f"{cpu_native.__name__}.CacheDirectory")
+        symbols = ("lossgrad_made", "lossgrad_made" if "sources" in of_a_kind else "lossgrad_made_too")
+        compiled = cpu_native._compile(symbols[0], "int64(int64)", _times(2))
+        assert compiled.ctypes(21) == 42
+        if "sources" in of_a_kind:
+            monkeypatch.setattr(cpu_native, "source_digest", lambda: "another")
+        else:
+            (index,) = (tmp_path / "lossgrad").glob("*.nbi")
+            index.unlink()  # as a process saw it that looked before the first wrote it
+        with monkeypatch.context() as killed:
+            killed.setattr(IndexDataCacheFile, "_save_data", lambda *_: None)
+            cpu_native._compile(symbols[1], "int64(int64)", _times(3))
+        entry = cpu_native._compile(symbols[1], "int64(int64)", _times(3))
+        assert entry.ctypes(21) == 63
+
+
+def _times(factor: int) -> Callable[[int], int]:
+    def times(value: int) -> int:
+        return factor * value
+
+    return times
 
 
 def _double(value: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -190,13 +191,20 @@ def test_where_no_process_comes_what_was_lost_is_to_be_tried_again(
 
     monkeypatch.setattr(isolated.keeper, "_start", late)
     monkeypatch.setattr("lossgrad_server.isolation.worker._REPLACEMENT_SECONDS", 0.05)
+    usual = isolated.retry_after_seconds
     os.kill(link(isolated).process_id, signal.SIGKILL)
     eventually(lambda: noted.losses)
+    began, first = time.monotonic(), isolated.retry_after_seconds
+    assert first >= usual >= 0.15
+    # Who is told so by and by, and comes back then, has waited for long enough: the longer it takes, the longer they wait.
+    eventually(lambda: isolated.retry_after_seconds > 2 * first)
+    assert time.monotonic() - began < isolated.retry_after_seconds
     (outcome,) = isolated.submit([NEIGHBOURS[0].item]).result().outcomes
     assert isinstance(outcome, WorkFailure)
     assert outcome.kind == FailureKind.DEVICE_LOST
     may_start.set()
     eventually(lambda: noted.seconds)
+    assert isolated.keeper.seconds_without == 0
     assert_right(isolated)
 
 
