@@ -22,7 +22,7 @@ from lossgrad_server.engine.cpu_memory import Arena
 from lossgrad_server.engine.cpu_program import program_of
 from lossgrad_server.engine.cpu_worker import CpuWorker, determinism
 from lossgrad_server.jobs import DataType, JobPlan, LossKind, Reduction, TensorPlan
-from lossgrad_server.work import FailureKind, WorkFailure, WorkItem, WorkResult
+from lossgrad_server.work import FailureKind, Retry, WorkFailure, WorkItem, WorkResult
 from tests.server.engine.building import FLOATS, Job, job, result_bytes, run, spec
 
 
@@ -133,7 +133,11 @@ def test_a_batch_whose_answers_find_no_memory_is_computed_one_by_one(
 
     monkeypatch.setattr(cpu_worker, "output_memory", scarce)
     small, large = job(spec(), [3.0], [0.0]), job(spec(), [3.0] * 300, [0.0] * 300)
-    outcomes = worker.run([small.item, large.item, small.item]).outcomes
+    result = worker.run([small.item, large.item, small.item])
+    outcomes = result.outcomes
+    assert result.retries == (Retry.OUT_OF_MEMORY,)
+    assert worker.run([small.item]).retries == ()
+    del sizes[-1]
     assert [isinstance(outcome, WorkResult) for outcome in outcomes] == [True, False, True]
     assert isinstance(outcomes[1], WorkFailure)
     assert outcomes[1].kind == FailureKind.OUT_OF_MEMORY
