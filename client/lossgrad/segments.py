@@ -19,7 +19,6 @@ import os
 import socket
 import threading
 import time
-import weakref
 from bisect import bisect_right, insort
 from collections import deque
 from functools import lru_cache
@@ -91,32 +90,39 @@ class Use:
     Until `settle` is called the server may be at it: a use that is dropped before takes the segment with it.
     """
 
-    __slots__ = ("_fate", "room", "segment")
+    __slots__ = ("room", "segment")
 
     def __init__(self, pool: SegmentPool, segment: Segment) -> None:
         self.segment = segment
-        self._fate = [False]
         # Something that arrays can be made of, that knows when the last of them is gone.
-        self.room: Any = _bytes_type(segment.byte_count).from_buffer(segment.memory)
-        weakref.finalize(self.room, _ended, pool.ended, segment, self._fate).atexit = False
+        self.room: Any = _room_type(segment.byte_count).from_buffer(segment.memory)
+        self.room.ended, self.room.segment = pool.ended, segment
 
     def settle(self) -> None:
         """Take note that the server is done with the segment."""
-        self._fate[0] = True
+        self.room.is_settled = True
 
     def bytes(self, offset: int = 0, byte_count: int = -1) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return a part of the memory as an array of bytes, which keeps the segment in use."""
         return np.frombuffer(self.room, np.uint8, byte_count, offset)
 
 
+class _Room:
+    """The memory of one use, as ctypes has it; what an array type has beside its bytes."""
+
+    ended: deque[tuple[Segment, bool]]
+    segment: Segment
+    is_settled = False
+
+    def __del__(self) -> None:
+        # A weakref.finalize would do the same, and takes as long to make as all else that `take` does.
+        self.ended.append((self.segment, self.is_settled))
+
+
 @lru_cache(maxsize=64)
-def _bytes_type(byte_count: int) -> Any:
+def _room_type(byte_count: int) -> Any:
     """Return ctypes' type of so many bytes. Kept, because making one takes longer than using it."""
-    return ctypes.c_ubyte * byte_count
-
-
-def _ended(ended: deque[tuple[Segment, bool]], segment: Segment, fate: list[bool]) -> None:
-    ended.append((segment, fate[0]))
+    return type("Room", (_Room, ctypes.c_ubyte * byte_count), {})
 
 
 class SegmentPool:
@@ -162,15 +168,25 @@ class SegmentPool:
         """Return the part that a buffer lies in, if it lies in a segment in use."""
         if not self._in_use:
             return None
-        address = _address_of(data)
         with self._lock:
-            place = bisect_right(self._in_use, address, key=_address) - 1
-            if place < 0:
-                return None
-            first, segment = self._in_use[place]
-        if address + len(data) > first + segment.byte_count:
+            return self._find(_address_of(data), len(data))
+
+    def find_arrays(self, *arrays: Any) -> list[SharedPart]:
+        """Return the parts that contiguous NumPy arrays lie in, of those that lie in a segment in use."""
+        if not self._in_use:
+            return []
+        with self._lock:
+            found = [self._find(_address_of(array), array.nbytes) for array in arrays]
+        return [part for part in found if part is not None]
+
+    def _find(self, address: int, byte_count: int) -> SharedPart | None:
+        place = bisect_right(self._in_use, address, key=_address) - 1
+        if place < 0:
             return None
-        return segment.part(address - first, len(data))
+        first, segment = self._in_use[place]
+        if address + byte_count > first + segment.byte_count:
+            return None
+        return SharedPart(segment.token, address - first, byte_count)
 
     def close(self) -> None:
         """Let go of all that is unused. The rest goes with its arrays."""
@@ -240,9 +256,9 @@ def _mapped(descriptor: int, byte_count: int) -> mmap.mmap:
 
 def _address_of(data: Any) -> int:
     """Return where a buffer lies."""
-    if isinstance(data, memoryview) and not data.readonly:
+    if data.flags.writeable if isinstance(data, np.ndarray) else isinstance(data, memoryview) and not data.readonly:
         return ctypes.addressof(ctypes.c_char.from_buffer(data))  # in a tenth of the time that NumPy takes
-    return int(np.frombuffer(data, np.uint8).ctypes.data)
+    return int((data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)).ctypes.data)
 
 
 def _address(entry: tuple[int, Segment]) -> int:

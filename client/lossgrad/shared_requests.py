@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from lossgrad.calls import Answer, Request
 from lossgrad.errors import LossgradError
 from lossgrad.segments import Use
-from lossgrad.tensors import ITEMSIZES, Family
+from lossgrad.tensors import ITEMSIZES, NUMPY, Family
 from lossgrad_api.codec import Buffer, ResponseView, ResultView, WireTensor
 from lossgrad_api.shared_codec import OUTPUT_ALIGNMENT
 
@@ -23,8 +23,7 @@ class SharedRequest(Request):
     """A request whose tensors are in shared memory. Its answer's tensors come in `outputs`, if that is set."""
 
     memory: SharedMemory
-    encode: Callable[..., list[Buffer]]  # encode_compute_request, but for the tensors
-    tensors: tuple[WireTensor | None, ...]  # input, target, weight, mask: where they lie now
+    travelling: Callable[[], list[Buffer]]  # the parts of the request whose tensors travel
     operands: Use | None
     outputs: Use | None
     copies_results: bool
@@ -35,8 +34,8 @@ class SharedRequest(Request):
         if self.outputs is not None:
             view = ResponseView(view.stats, _placed(view.results, self.outputs), view.idempotency_key)
             if not self.copies_results:
-                self.input_family = _Adopting(self.input_family)
-                self.target_family = _Adopting(self.target_family)
+                self.input_family = _adopting(self.input_family)
+                self.target_family = _adopting(self.target_family)
         # Not super(): a dataclass with slots is another class than the one that was written.
         return Request.read_view(self, view, round_trip_seconds)
 
@@ -44,8 +43,7 @@ class SharedRequest(Request):
         """Return the request whose tensors travel, where this one failed because memory is not shared any more."""
         if not self.memory.must_travel(self, error):
             return None
-        input, target, weight, mask = self.tensors
-        parts = self.encode(input, target, weight=weight, mask=mask)
+        parts = self.travelling()
         byte_count = sum(map(len, parts))
         return Request(
             parts, byte_count, self.losses, self.is_single, self.input_family, self.target_family, self.result_type
@@ -72,15 +70,24 @@ class _Adopting:
     adopt = tensor
 
 
+_ADOPTING_NUMPY: Final = _Adopting(NUMPY)
+
+
+def _adopting(family: Family) -> Family:
+    return _ADOPTING_NUMPY if family is NUMPY else _Adopting(family)
+
+
 def _placed(results: tuple[ResultView, ...], outputs: Use) -> tuple[ResultView, ...]:
     """Return the results with the bytes of their tensors, which lie in `outputs` one behind the other."""
     offset = 0
 
     def find(tensor: WireTensor | None) -> WireTensor | None:
         nonlocal offset
-        if tensor is None or len(tensor.data) or not math.prod(tensor.shape):
+        if tensor is None or len(tensor.data):
             return tensor
         byte_count = ITEMSIZES.get(tensor.data_type, 0) * math.prod(tensor.shape)
+        if not byte_count:
+            return tensor
         begin = -(-offset // OUTPUT_ALIGNMENT) * OUTPUT_ALIGNMENT
         offset = begin + byte_count
         data = outputs.bytes(begin, byte_count).data if offset <= outputs.segment.byte_count else tensor.data

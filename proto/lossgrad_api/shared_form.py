@@ -70,10 +70,8 @@ class SharedForm(NamedTuple):
 
     def places(self, values: tuple[Any, ...], data: bytes, start: int) -> Places:
         """Return the places of the request of this form at `start`, of which `values` were unpacked."""
-        return Places(
-            tuple([_place(one, values, data, start) for one in self.operands]),
-            None if self.outputs is None else _part(self.outputs, values),
-        )
+        operands = [_place(one, values, data, start) for one in self.operands]
+        return _new(Places, (tuple(operands), None if self.outputs is None else _part(self.outputs, values)))
 
     def write(self, operands: Sequence[SharedPart], outputs: SharedPart | None) -> bytes | None:
         """Return the request of this form whose tensors are in these places; None where it is not of this form."""

@@ -20,6 +20,10 @@ _BYTEARRAY_BYTES: Final = 1 << 13
 # Above this, finding out where memory lies costs nothing beside what is done with it.
 _ALIGNED_BYTES: Final = 1 << 16
 
+# What the kernels' loops take for granted of an output's address: the alignment of the widest element.
+OUTPUT_ALIGNMENT: Final = 8
+_MOST_OPERANDS: Final = 4
+
 
 class OperandMismatch(ValueError):
     """A job's operands are not what its program says."""
@@ -54,6 +58,10 @@ def output_memory(byte_count: int) -> memoryview:
     return memoryview(memory)[first : first + byte_count]
 
 
+def _words_at(memory: Memory) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * _MOST_OPERANDS).from_address(memory.address)
+
+
 class Arena:
     """The scratch memory of each thread, and the state, addresses and results of the batch that is being computed."""
 
@@ -74,6 +82,9 @@ class Arena:
             walk=_ALL_WALKS,
         )
         self._call_address = ctypes.addressof(self._call)
+        self._words = _words_at(self._addresses)
+        self._result_bytes = 0
+        self._code = b""
         # Job count, and whether the GIL is held, as they were last written to the call.
         self._batch = (0, False)
 
@@ -88,6 +99,30 @@ class Arena:
         `buffers` are the jobs' operands and, last, the memory for their outputs. OperandMismatch before anything is
         computed if a job's operands are not what its program says.
         """
+        self._gather_all(programs, buffers, holding_gil=holding_gil)
+        if not holding_gil:
+            self._kernel.compute_without_gil(self._call_address)
+        return ctypes.string_at(self._results.address, self._result_bytes)
+
+    def compute_into(self, program: Program, operands: Sequence[Buffer], destination: memoryview) -> bytes | None:
+        """Compute a job into the memory that its only output is wanted in; return its SPEC_RESULT record.
+
+        None, and nothing is done, where that is not aligned, or overlaps an operand, which is read more than once.
+        OperandMismatch as `compute`. Without the GIL.
+        """
+        self._gather_all((program,), [*operands, destination], holding_gil=False)
+        # Machine code has just found the addresses; NumPy takes ten times as long for one.
+        begin = self._call.outputs
+        end = begin + len(destination)
+        if begin % OUTPUT_ALIGNMENT:
+            return None
+        for address, operand in zip(self._words, operands, strict=False):
+            if begin < address + len(operand) and address < end:
+                return None
+        self._kernel.compute_without_gil(self._call_address)
+        return ctypes.string_at(self._results.address, self._result_bytes)
+
+    def _gather_all(self, programs: Sequence[Program], buffers: list[Buffer], *, holding_gil: bool) -> None:
         first = programs[0]
         code, result_bytes, state_bytes = first.code, first.result_bytes, first.state_bytes
         if len(programs) > 1:
@@ -104,11 +139,10 @@ class Arena:
         if (len(programs), holding_gil) != self._batch:
             self._batch = len(programs), holding_gil
             self._call.job_count, self._call.computes = self._batch
+        self._result_bytes = result_bytes
+        self._code = code  # the kernels know its address only, and read it when this has returned
         if self._gather(self._call_address, code, buffers):
             raise OperandMismatch
-        if not holding_gil:
-            self._kernel.compute_without_gil(self._call_address)
-        return ctypes.string_at(self._results.address, result_bytes)
 
     def _grow(self, state_bytes: int, result_bytes: int, address_bytes: int) -> None:
         self._state.grow(state_bytes)
@@ -117,6 +151,7 @@ class Arena:
         self._call.state = self._state.address
         self._call.results = self._results.address
         self._call.addresses = self._addresses.address
+        self._words = _words_at(self._addresses)
 
     def open_job(self, program: Program, buffers: list[Buffer]) -> OpenJob:
         """Prepare to compute one job walk by walk. `buffers` as for `compute`, and it raises the same."""

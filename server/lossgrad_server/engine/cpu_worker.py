@@ -20,7 +20,7 @@ from lossgrad_server.engine.cpu_layout import CHUNK, LANES
 from lossgrad_server.engine.cpu_memory import Arena, OperandMismatch, output_memory
 from lossgrad_server.engine.cpu_pieces import PendingPieces, Pieces
 from lossgrad_server.engine.cpu_program import Program, program_of
-from lossgrad_server.engine.placement import JobOutputs, has_destinations
+from lossgrad_server.engine.placement import JobOutputs, has_destinations, only_destination
 from lossgrad_server.errors import InternalError
 from lossgrad_server.jobs import JobPlan, unpack_header
 from lossgrad_server.work import (
@@ -31,6 +31,7 @@ from lossgrad_server.work import (
     FailureKind,
     LargeLimits,
     Pending,
+    Retry,
     WorkFailure,
     WorkItem,
     WorkResult,
@@ -68,6 +69,7 @@ class CpuWorker:
             raise ValueError(f"threads is {threads}; it must be at least 1")
         self._threads = threads
         self._piece_work = piece_work
+        self._retries: list[Retry] = []  # of the batch that is being computed
 
     @property
     def device(self) -> str:
@@ -122,6 +124,7 @@ class CpuWorker:
     def run(self, items: Sequence[WorkItem]) -> BatchResult:
         """Compute the items. An item that fails, fails alone, as a WorkFailure."""
         times = [0, 0, 0]
+        self._retries.clear()
         started = perf_counter_ns()
         try:
             programs = [program_of(item.header) for item in items]
@@ -131,7 +134,8 @@ class CpuWorker:
             programs = []
         if programs:
             times[0] = perf_counter_ns() - started
-            return BatchResult(self._run_small(items, programs, times), *times)
+            outcomes = self._run_small(items, programs, times)
+            return BatchResult(outcomes, times[0], times[1], times[2], tuple(self._retries))
         return self._run_mixed(items)
 
     def _run_mixed(self, items: Sequence[WorkItem]) -> BatchResult:
@@ -151,7 +155,8 @@ class CpuWorker:
                 small[index] = program
         computed = self._run_small([items[index] for index in small], list(small.values()), times)
         outcomes.update(zip(small, computed, strict=True))
-        return BatchResult([outcomes[index] for index in range(len(items))], *times)
+        in_order = [outcomes[index] for index in range(len(items))]
+        return BatchResult(in_order, times[0], times[1], times[2], tuple(self._retries))
 
     def begin(self, item: WorkItem) -> Pieces:
         """Prepare to compute one item piece by piece: call `advance` on what this returns until it is done.
@@ -199,6 +204,7 @@ class CpuWorker:
         except Exception as error:
             if len(items) == 1:
                 return [failure(error, programs[0])]
+            self._retries.append(Retry.OUT_OF_MEMORY if isinstance(error, MemoryError) else Retry.ERROR)
             return [self._run_small([item], [program], times)[0] for item, program in zip(items, programs, strict=True)]
         computed = perf_counter_ns()
         outcomes: list[Outcome] = []
@@ -227,6 +233,10 @@ class CpuWorker:
             try:
                 if len(item.operands) != program.operand_count:
                     raise OperandMismatch
+                only = only_destination(program, item) if program.work >= _HOLDING_GIL_WORK else None
+                if only is not None and (record := self._arena.compute_into(program, item.operands, only)) is not None:
+                    outcomes[index] = program.result(record, (only,))
+                    continue
                 outputs = JobOutputs(program, item)
                 packed = perf_counter_ns()
                 buffers: list[Buffer] = [*item.operands, outputs.memory]
@@ -234,8 +244,9 @@ class CpuWorker:
                 outcomes[index] = program.result(scalars, outputs.parts)
             except Exception as error:
                 outcomes[index] = failure(error, program)
-            times[0] += packed - started
-            times[1] += perf_counter_ns() - packed
+            finally:
+                times[0] += packed - started
+                times[1] += perf_counter_ns() - packed
         return [outcomes[index] for index in range(len(items))]
 
 

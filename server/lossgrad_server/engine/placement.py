@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from dataclasses import replace
 from typing import Final
@@ -9,12 +10,10 @@ from typing import Final
 import numpy as np
 
 from lossgrad_server.engine.cpu_layout import JOB, OUTPUT, SPEC
-from lossgrad_server.engine.cpu_memory import output_memory
+from lossgrad_server.engine.cpu_memory import OUTPUT_ALIGNMENT, output_memory
 from lossgrad_server.engine.cpu_program import Program
 from lossgrad_server.work import Buffer, WorkItem
 
-# What the kernels' loops take for granted of an output's address: the alignment of the widest element.
-_ALIGNMENT: Final = 8
 _WORD: Final = struct.Struct("=q")
 _OFFSET_FIELD: Final = int(OUTPUT.fields["offset"][1]) if OUTPUT.fields else 0
 
@@ -30,8 +29,8 @@ class JobOutputs:
     def __init__(self, program: Program, item: WorkItem) -> None:
         """MemoryError if there is no room for the outputs."""
         addresses = _destinations(program, item)
-        self.memory = output_memory(_ALIGNMENT if addresses and all(addresses) else program.output_bytes)
         self.program = program
+        self.memory = output_memory(OUTPUT_ALIGNMENT if addresses and all(addresses) else program.output_bytes)
         parts: list[Buffer] = [self.memory[begin:end] for begin, end in program.output_spans]
         if any(addresses):
             self.program = _redirected(program, addresses, _address(self.memory))
@@ -40,6 +39,17 @@ class JobOutputs:
                 if address and destination is not None:
                     parts[index] = destination
         self.parts = tuple(parts)
+
+
+def only_destination(program: Program, item: WorkItem) -> memoryview | None:
+    """Return where the item wants its output, if it has one only and writable memory of its size is given for it."""
+    if len(item.destinations) != 1 or len(program.output_spans) != 1:
+        return None
+    destination = item.destinations[0]
+    begin, end = program.output_spans[0]
+    if not isinstance(destination, memoryview) or destination.readonly or len(destination) != end - begin or begin:
+        return None
+    return destination
 
 
 def has_destinations(item: WorkItem) -> bool:
@@ -58,7 +68,7 @@ def _destinations(program: Program, item: WorkItem) -> list[int]:
         address = 0
         if size and destination is not None and len(destination) == size and not memoryview(destination).readonly:
             address = _address(destination)
-        if address % _ALIGNMENT or any(first < address + size and address < last for first, last in operands):
+        if address % OUTPUT_ALIGNMENT or any(first < address + size and address < last for first, last in operands):
             address = 0
         addresses.append(address)
     return addresses
@@ -75,4 +85,8 @@ def _redirected(program: Program, addresses: list[int], base: int) -> Program:
 
 
 def _address(buffer: Buffer) -> int:
-    return int(np.frombuffer(buffer, np.uint8).ctypes.data) if len(buffer) else 0
+    if not len(buffer):
+        return 0
+    if isinstance(buffer, memoryview) and not buffer.readonly:
+        return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # in a sixth of the time that NumPy takes
+    return int(np.frombuffer(buffer, np.uint8).ctypes.data)

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 PROCESS: Final = "process"
 PARENT: Final = "parent"
 
-_CUMULATIVE: Final = frozenset(("counter", "histogram"))
+# "unknown" are Triton's counters, which cannot say that they are, because of their names (triton_metrics.py).
+_CUMULATIVE: Final = frozenset(("counter", "histogram", "unknown"))
 _SUMMED: Final = frozenset(
     (
         "lossgrad_accumulations",
@@ -38,14 +39,26 @@ _SUMMED: Final = frozenset(
         "lossgrad_queue_limit_bytes",
         "lossgrad_queue_limit_requests",
         "lossgrad_queue_requests",
+        "nv_inference_pending_request_count",
     )
 )
 _READY: Final = "lossgrad_ready"
 # Served as long as one process serves; waited as long as in the worst of them; and what is the same of all.
-_LARGEST: Final = frozenset((_READY, "lossgrad_queue_oldest_seconds", "lossgrad_build_info"))
+_LARGEST: Final = frozenset(
+    (
+        _READY,
+        "lossgrad_batch_cap_bytes",
+        "lossgrad_batch_cap_elements",
+        "lossgrad_batch_cap_requests",
+        "lossgrad_build_info",
+        "lossgrad_queue_oldest_seconds",
+    )
+)
 _LEAST: Final = frozenset(("lossgrad_tls_certificate_expiry_timestamp_seconds",))
 # Each process has the same share of the cores.
 _MEAN: Final = frozenset(("lossgrad_device_utilization_ratio",))
+# Each process's own, as all `process_*` are; and so is a gauge without a rule.
+_APART: Final = frozenset(("lossgrad_worker_up",))
 
 # How long processes may take, all together. A scrape of Prometheus' waits for 10 s.
 _ANSWER_SECONDS: Final = 2.0

@@ -20,7 +20,7 @@ from typing import Final
 
 from lossgrad_api.shared_codec import TOKEN_BYTES
 from lossgrad_server.errors import InvalidRequest, Reason
-from lossgrad_server.shared_memory.rules import PART_ALIGNMENT, Budget, check_part, unknown_region
+from lossgrad_server.shared_memory.rules import MAX_PART_BYTES, PART_ALIGNMENT, Budget, check_part, unknown_region
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +35,12 @@ _OVERCOMMIT: Final = Path("/proc/sys/vm/overcommit_memory")
 class Segment:
     """One segment, mapped. The mapping lives as long as anything refers to it: a request that computes in it, too."""
 
-    __slots__ = ("byte_count", "memory", "owner", "token", "used_at")
+    __slots__ = ("byte_count", "memory", "owner", "token", "used_at", "whole")
 
     def __init__(self, owner: object, memory: mmap.mmap, byte_count: int, now: float) -> None:
         self.owner = owner
         self.memory = memory
+        self.whole = memoryview(memory)
         self.byte_count = byte_count
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self.used_at = now
@@ -87,7 +88,8 @@ class Segments:
                 f"{what} is in a region of shared memory that this server does not know, or has given up because it was "
                 "long unused; get another, or send the tensor in the message"
             )
-        check_part(what, offset, byte_count, segment.byte_count)
+        if not 0 <= offset <= offset + byte_count <= segment.byte_count <= MAX_PART_BYTES:
+            check_part(what, offset, byte_count, segment.byte_count)
         if offset % PART_ALIGNMENT:
             raise InvalidRequest(
                 f"{what} begins at byte {offset} of its region; it must be a multiple of {PART_ALIGNMENT}",
@@ -95,7 +97,9 @@ class Segments:
                 field="shared_memory.offset",
             )
         segment.used_at = self._clock()
-        return memoryview(segment.memory)[offset : offset + byte_count]
+        if byte_count == segment.byte_count:
+            return segment.whole
+        return segment.whole[offset : offset + byte_count]
 
     def has_any(self, owner: object) -> bool:
         """Whether a segment is the owner's."""

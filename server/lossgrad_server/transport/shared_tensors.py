@@ -118,14 +118,15 @@ class KnownSharedRequests:
             if known is None:
                 continue
             form, plan, output_spans = known
-            places = form.places(values, data, start)
+            placed, outputs = form.places(values, data, start)
+            part = self._memory.part
             operands: list[Buffer] = [
-                self._memory.part(name, *place).toreadonly() if isinstance(place, tuple) else place
-                for name, place in zip(form.names, places.operands, strict=True)
+                part(name, *place).toreadonly() if isinstance(place, tuple) else place
+                for name, place in zip(form.names, placed, strict=True)
             ]
-            if places.outputs is None:
+            if outputs is None:
                 return plan, WorkItem(plan.header, tuple(operands))
-            room = self._memory.part("outputs", *places.outputs)
+            room = part("outputs", *outputs)
             return plan, WorkItem(plan.header, tuple(operands), tuple([room[begin:end] for begin, end in output_spans]))
         return None
 

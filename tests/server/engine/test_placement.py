@@ -151,3 +151,41 @@ def test_neighbours_in_a_batch_notice_nothing(worker: CpuWorker) -> None:
     assert [result_bytes(one) for one in outcomes[:-1] if isinstance(one, WorkResult)] == expected
     assert not isinstance(outcomes[-1], WorkResult)
     assert wanted.is_untouched_around()
+
+
+MEDIUM = (33, 1000)  # of enough work to be computed without the GIL, and in one piece
+
+
+@pytest.mark.parametrize("data_type", FLOATS, ids=lambda data_type: data_type.name.lower())
+@pytest.mark.parametrize("special", [False, True], ids=["finite", "with NaN and infinity"])
+def test_an_only_output_is_written_where_it_is_wanted(worker: CpuWorker, data_type: DataType, special: bool) -> None:
+    x, y = np.random.default_rng(4).normal(size=(2, *MEDIUM))
+    if special:
+        x[0, :5] = [np.nan, np.inf, -np.inf, 0.0, 1e300]
+    one = job(spec(), x, y, data_type)
+    expected = result_bytes(run(worker, one))
+    wanted = Wanted(one)
+    item = wanted.item(one)
+    result = outcome(worker, item)
+    assert result.outputs[0] is item.destinations[0]
+    assert result_bytes(result) == expected
+    assert wanted.is_untouched_around()
+
+
+@pytest.mark.parametrize("shift", [0, 8, -8, 4], ids=["over it", "behind", "before", "misaligned"])
+@pytest.mark.parametrize("operand", [0, 1], ids=["input", "target"])
+def test_an_only_output_never_overwrites_an_operand(worker: CpuWorker, operand: int, shift: int) -> None:
+    x, y = np.random.default_rng(4).normal(size=(2, *MEDIUM))
+    x[0, 0] = np.nan
+    one = job(spec(), x, y)
+    expected = result_bytes(run(worker, one))
+    size = len(one.operands[operand])
+    room = np.zeros(size + 128, np.uint8)
+    first = -room.ctypes.data % 64 + 64
+    room[first : first + size] = np.frombuffer(one.operands[operand], np.uint8)
+    operands = list(one.operands)
+    operands[operand] = room.data[first : first + size].toreadonly()  # type: ignore[call-overload]
+    destination = room.data[first + shift : first + shift + size]
+    result = outcome(worker, WorkItem(one.plan.header, tuple(operands), (destination,)))
+    assert result_bytes(result) == expected
+    assert bytes(operands[operand]) == one.operands[operand]

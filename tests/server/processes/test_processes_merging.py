@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import socket
 import threading
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client.core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
+import lossgrad_server
+from lossgrad_server.batching.forming import Batch, ClosedBy
+from lossgrad_server.batching.line import Priority
+from lossgrad_server.batching.waiting import QueueSummary
 from lossgrad_server.counters import Counter
+from lossgrad_server.gauges import Limits
+from lossgrad_server.gpu_metrics import GpuCollector
 from lossgrad_server.histograms import Histogram
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.processes import merging
 from lossgrad_server.processes.merging import Merge, MergedMetrics, read, told
+from lossgrad_server.transport.open_inference.statistics import ModelCounts, Statistics
+from lossgrad_server.triton_metrics import TritonCollector
+from lossgrad_server.work import BatchResult, Retry
+from tests.server.processes.several import total
 from tests.server.scraping import Scrape
 
 
@@ -28,6 +43,16 @@ class Registry(CollectorRegistry):
         self.counter = Counter("lossgrad_requests", "Requests.", ("loss",), registry=self)
         self.histogram = Histogram("lossgrad_seconds", "Time.", ("loss",), (0.5, 1.0))
         self.register(self.histogram)
+
+
+class OfTriton(CollectorRegistry):
+    """The registry of one process that has Triton's series of one model."""
+
+    def __init__(self, *, success: int, pending: int) -> None:
+        super().__init__()
+        one = ModelCounts("mse", success, 0, 0, 0, 0, 0, success, success, {}, pending)
+        statistics: Any = SimpleNamespace(counts=lambda: [one])
+        self.register(TritonCollector(statistics))
 
 
 class FakePlace:
@@ -104,6 +129,7 @@ def test_counters_and_histograms_are_added_up() -> None:
         ("lossgrad_inflight_requests", (3, 4), 7),
         ("lossgrad_queue_limit_bytes", (512, 512), 1024),
         ("lossgrad_queue_oldest_seconds", (0.5, 2.5), 2.5),
+        ("lossgrad_batch_cap_bytes", (512, 512), 512),
         ("lossgrad_ready", (0, 1), 1),
         ("lossgrad_ready", (0, 0), 0),
         ("lossgrad_tls_certificate_expiry_timestamp_seconds", (2e9, 1.9e9), 1.9e9),
@@ -141,17 +167,96 @@ def test_build_info_is_there_once() -> None:
     assert shown.of("lossgrad_build_info") == {frozenset(info.items()): 1.0}
 
 
-def test_every_rule_is_for_a_gauge_that_a_server_has() -> None:
+# Of what --processes refuses: a GPU, and memory that is shared with callers.
+NOT_OF_SEVERAL = {
+    "lossgrad_device_memory_bytes",
+    "lossgrad_shm_bytes",
+    "lossgrad_shm_regions",
+    "nv_gpu_memory_total_bytes",
+    "nv_gpu_memory_used_bytes",
+    "nv_gpu_power_usage",
+    "nv_gpu_utilization",
+}
+
+
+@pytest.fixture(scope="module")
+def all_that_servers_have() -> dict[str, Metric]:
+    """Every family that a server may have, whatever its settings, by name."""
     metrics = Metrics(device="cpu", build_info={"version": "1"})
     metrics.watch_certificates(SimpleNamespace(expires=datetime.now(UTC)))
     metrics.watch(
-        SimpleNamespace(
-            waiting_requests=0, waiting_bytes=0, admitted_requests=0, admitted_bytes=0, oldest_wait_seconds=0.0
-        )
+        SimpleNamespace(waiting=lambda _: QueueSummary(0, 0, 0.0), admitted_requests=0, admitted_bytes=0),
     )
-    gauges = {metric.name for metric in metrics.registry.collect() if metric.type == "gauge"}
-    assert gauges >= merging._SUMMED | merging._LARGEST | merging._LEAST | merging._MEAN
+    metrics.watch_device_memory(lambda: {"total": 1})
+    metrics.watch_memory(lambda: [("system", 1, 1)])
+    metrics.registry.register(TritonCollector(Statistics()))
+    gpu: Any = SimpleNamespace(
+        uuid="GPU-1", memory_bytes=lambda: (1, 2), utilization_ratio=lambda: 0.5, power_watts=lambda: 1.0
+    )
+    metrics.registry.register(GpuCollector(gpu))
     assert read(told(metrics.registry))  # all that a server has can be told
+    return {metric.name: metric for metric in metrics.registry.collect()}
+
+
+def test_no_family_of_the_servers_is_missed_here(all_that_servers_have: dict[str, Metric]) -> None:
+    named = {
+        node.value
+        for file in Path(lossgrad_server.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if re.fullmatch(r"(lossgrad|nv)_(?!(api|server)$)[a-z_]+", node.value)
+    }
+    assert named >= {"lossgrad_ready", "nv_inference_count", "lossgrad_process_up"}
+    of_the_parent = {"lossgrad_process_up", "lossgrad_process_restarts"}
+    assert named - of_the_parent <= all_that_servers_have.keys(), "tell `all_that_servers_have` of it"
+
+
+def test_every_gauge_has_a_rule_and_every_rule_a_gauge(all_that_servers_have: dict[str, Metric]) -> None:
+    kinds = {metric.type for metric in all_that_servers_have.values()}
+    assert kinds == {"gauge", *merging._CUMULATIVE}
+    gauges = {
+        name
+        for name, metric in all_that_servers_have.items()
+        if metric.type == "gauge" and not name.startswith("process_")
+    }
+    rules = [merging._SUMMED, merging._LARGEST, merging._LEAST, merging._MEAN, merging._APART]
+    assert gauges - NOT_OF_SEVERAL == frozenset().union(*rules), "say in merging.py what several processes' values are"
+    assert len(frozenset().union(*rules)) == sum(map(len, rules))  # one rule each
+
+
+def test_what_has_no_type_is_one_of_tritons_counters(all_that_servers_have: dict[str, Metric]) -> None:
+    untyped = {name for name, metric in all_that_servers_have.items() if metric.type == "unknown"}
+    tritons = {metric.name for metric in TritonCollector(Statistics()).collect()}
+    assert untyped == tritons - {"nv_inference_pending_request_count"}
+
+
+def test_tritons_counters_are_added_up_and_stay_when_a_process_ends() -> None:
+    places = [FakePlace("0", OfTriton(success=3, pending=1)), FakePlace("1", OfTriton(success=4, pending=2))]
+    metrics = MergedMetrics(places)
+    shown = scrape(places, metrics)
+    assert total(shown, "nv_inference_request_success", model="mse") == 7
+    assert total(shown, "nv_inference_pending_request_count", model="mse") == 3
+    places[0].registry = None  # killed
+    shown = scrape(places, metrics)
+    assert total(shown, "nv_inference_request_success", model="mse") == 7
+    assert total(shown, "nv_inference_pending_request_count", model="mse") == 2
+
+
+def test_what_waits_is_told_by_priority_and_what_was_computed_again_by_why() -> None:
+    registries = []
+    for requests, age in ((2, 1.5), (3, 0.5)):
+        metrics = Metrics(device="cpu", build_info={"version": "1"}, limits=Limits(batch_requests=64))
+        waits = {Priority.NORMAL: QueueSummary(requests, 10, age), Priority.BULK: QueueSummary(1, 100, 9.0)}
+        metrics.watch(SimpleNamespace(waiting=waits.__getitem__, admitted_requests=0, admitted_bytes=0))
+        metrics.batch_done(Batch(closed_by=ClosedBy.IDLE), BatchResult([], 1, 2, 3, (Retry.ERROR,)), 6)
+        registries.append(metrics.registry)
+    shown = merged(*registries)
+    assert shown("lossgrad_queue_requests", device="cpu", priority="normal") == 5
+    assert shown("lossgrad_queue_requests", device="cpu", priority="bulk") == 2
+    assert shown("lossgrad_queue_bytes", device="cpu", priority="bulk") == 200
+    assert shown("lossgrad_queue_oldest_seconds", device="cpu", priority="normal") == 1.5
+    assert shown("lossgrad_batch_cap_requests", device="cpu") == 64
+    assert shown("lossgrad_batch_retries_total", device="cpu", reason="error") == 2
 
 
 def test_a_sum_does_not_fall_when_a_process_ends_and_another_begins_at_nothing() -> None:
