@@ -44,7 +44,7 @@ class Several:
         self.program = program
         self.address, self.metrics = program.addresses()
         self.quiet_descriptors = [descriptors(pid) for pid in program.children()]
-        self.clients = [lossgrad.LossClient(self.address) for _ in range(CLIENTS)]
+        self.clients = [lossgrad.LossClient(self.address, coalesce=False) for _ in range(CLIENTS)]
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +182,34 @@ def test_sigterm_lets_every_process_finish_what_it_has_and_ends_with_0(several: 
     assert not any(map(is_there, children))
     assert several.program.process.stdout is not None
     assert several.program.process.stdout.read() == ""  # the ready line was the only one
+
+
+def test_a_second_sigterm_stops_every_process_at_once(start: Callable[..., SeveralProgram]) -> None:
+    program = start(2, "--drain-delay-seconds=600", "--drain-grace-seconds=600", "--log-format=json")
+    address, _ = program.addresses()
+    children = program.children()
+    channels = [grpc.insecure_channel(address, OWN_CONNECTION) for _ in range(6)]
+    callers = [Caller() for _ in channels]
+    streams = [
+        stub_on(channel).StreamComputeLoss(iter(caller)) for channel, caller in zip(channels, callers, strict=True)
+    ]
+    for caller, stream in zip(callers, streams, strict=True):
+        caller.send(message(request([3.0], [0.0], L1)))
+        next(stream)
+    program.signal(signal.SIGTERM)
+    for process in "01":
+        eventually(partial(says_that_it_drains, program.logged, process))
+    assert program.process.poll() is None
+    program.signal(signal.SIGTERM)
+    assert program.end() == 0  # long before the ten minutes are over
+    assert not any(map(is_there, children))
+    for caller, stream, channel in zip(callers, streams, channels, strict=True):
+        with pytest.raises(grpc.RpcError):
+            next(stream)
+        caller.close()
+        channel.close()
+    assert any("SIGTERM received again; stopping at once" in line for line in program.logged)
+    assert not any("Traceback" in line for line in program.logged)
 
 
 def running_first(folder: Path, text: str) -> dict[str, str]:

@@ -1,7 +1,10 @@
-"""A server with several processes of which one is killed, frozen, or told to go, under load; and one that always dies."""
+"""A server with several processes of which one is killed, frozen, told to go, or dies at every start; and whose parent is
+told to go, or is killed. Under load of every kind of caller, none of which may see an error.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -9,53 +12,76 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import lossgrad
 from tests.server.processes.several import SeveralProgram, is_there, scrape, total
-from tests.server.program import ROOT
-from tests.server.serving import eventually
-
-pytestmark = pytest.mark.faults
+from tests.server.program import ROOT, Program
+from tests.server.serving import PATIENCE_SECONDS, eventually
 
 CALLERS = 8
-INPUT, TARGET = np.linspace(-2, 2, 3000, dtype=np.float32), np.zeros(3000, np.float32)
-DIFFERENCE = np.abs(np.linspace(-2, 2, 3000, dtype=np.float32).astype(np.float64))
+INPUT, TARGET = np.linspace(-2, 2, 500, dtype=np.float32), np.zeros(500, np.float32)
+DIFFERENCE = np.abs(INPUT.astype(np.float64))
 EXPECTED = float(np.where(DIFFERENCE < 1, DIFFERENCE**2 / 2, DIFFERENCE - 0.5).mean())
 
 
 class Load:
-    """Callers with a connection each, unary and streams, until it is stopped. Each answer is held against arithmetic."""
+    """Callers with a connection each, until it is stopped. Each answer is held against arithmetic.
 
-    def __init__(self, address: str) -> None:
+    In turn they make calls that share a kept stream, calls of their own, streams, and calls of asyncio.
+    """
+
+    def __init__(self, target: str, **options: Any) -> None:
         self.answered = 0
         self.failures: list[Exception] = []
-        self._address = address
+        self._target = target
+        self._options = options
         self._lock = threading.Lock()
         self._done = threading.Event()
-        self._threads = [threading.Thread(target=self._call, args=(index,)) for index in range(CALLERS)]
+        kinds = (self._call, partial(self._call, coalesce=False), self._stream, self._call_together)
+        self._threads = [threading.Thread(target=kinds[index % len(kinds)]) for index in range(CALLERS)]
         for thread in self._threads:
             thread.start()
 
-    def _call(self, index: int) -> None:
-        with lossgrad.LossClient(self._address) as client:
+    def _call(self, **options: Any) -> None:
+        with lossgrad.LossClient(self._target, **self._options, **options) as client:
             while not self._done.is_set():
                 try:
-                    if index % 2:
-                        losses = [client.smooth_l1(INPUT, TARGET, gradient=True).loss]
-                    else:
-                        losses = [each.loss for each in client.stream([(INPUT, TARGET)] * 5, lossgrad.SmoothL1())]
-                    assert all(abs(loss - EXPECTED) < 1e-6 for loss in losses), losses
-                    with self._lock:
-                        self.answered += len(losses)
+                    self._note([client.smooth_l1(INPUT, TARGET, gradient=True).loss])
                 except Exception as error:
                     self.failures.append(error)
 
-    def more(self) -> None:
+    def _stream(self) -> None:
+        with lossgrad.LossClient(self._target, **self._options) as client:
+            while not self._done.is_set():
+                try:
+                    self._note([each.loss for each in client.stream([(INPUT, TARGET)] * 5, lossgrad.SmoothL1())])
+                except Exception as error:
+                    self.failures.append(error)
+
+    def _call_together(self) -> None:
+        async def call() -> None:
+            async with lossgrad.AsyncLossClient(self._target, **self._options) as client:
+                while not self._done.is_set():
+                    try:
+                        results = await asyncio.gather(*(client.smooth_l1(INPUT, TARGET) for _ in range(5)))
+                        self._note([each.loss for each in results])
+                    except Exception as error:
+                        self.failures.append(error)
+
+        asyncio.run(call())
+
+    def _note(self, losses: list[Any]) -> None:
+        assert all(abs(loss - EXPECTED) < 1e-6 for loss in losses), losses
+        with self._lock:
+            self.answered += len(losses)
+
+    def more(self, count: int = 400) -> None:
         """Wait for more answers."""
-        enough = self.answered + 200
+        enough = self.answered + count
         eventually(lambda: self.answered >= enough)
 
     def stop(self) -> None:
@@ -64,7 +90,7 @@ class Load:
             thread.join()
 
     def check(self) -> None:
-        assert not self.failures, f"{len(self.failures)} of {self.answered} failed, the first: {self.failures[0]!r}"
+        assert not self.failures, f"{len(self.failures)} beside {self.answered} failed, the first: {self.failures[0]!r}"
 
 
 def has_gone(pid: int) -> bool:
@@ -78,7 +104,16 @@ def program() -> Iterator[SeveralProgram]:
     started.close()
 
 
-def test_one_of_two_is_killed_again_and_again_and_no_caller_sees_an_error(program: SeveralProgram) -> None:
+@pytest.fixture
+def other() -> Iterator[str]:
+    """Give the address of another server, with one process."""
+    started = Program("--port=0", "--metrics-port=-1", "--threads=1")
+    yield started.address()
+    started.close()
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(6, marks=pytest.mark.faults)])
+def test_one_of_two_is_killed_and_no_caller_sees_an_error(program: SeveralProgram, times: int) -> None:
     address, metrics = program.addresses()
     load = Load(address)
     counted: list[float] = []
@@ -88,7 +123,7 @@ def test_one_of_two_is_killed_again_and_again_and_no_caller_sees_an_error(progra
 
     seconds: list[float] = []
     try:
-        for index in range(3):
+        for index in range(times):
             load.more()
             look()
             victim = program.children()[index % 2]
@@ -109,9 +144,47 @@ def test_one_of_two_is_killed_again_and_again_and_no_caller_sees_an_error(progra
     assert counted == sorted(counted)  # no sum ever fell
     program.signal(signal.SIGTERM)
     assert program.end() == 0
-    print(f"\nkilled one of two, three times: {load.answered} answers, no error; another served after {seconds} s")
+    shown = [round(each, 1) for each in seconds]
+    print(f"\nkilled one of two: {load.answered} answers, no error; another served after {shown} s")
 
 
+def test_sigterm_under_load_drains_with_0_and_no_call_fails(program: SeveralProgram, other: str) -> None:
+    address, _ = program.addresses()
+    load = Load(f"ipv4:{address},{other}")
+    try:
+        load.more()
+        children = program.children()
+        program.signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert program.end() == 0
+        seconds = time.monotonic() - began
+        load.more()  # with the other server
+    finally:
+        load.stop()
+    load.check()
+    assert not any(map(is_there, children))
+    assert not any(word in line for line in program.logged for word in ("WARNING", "ERROR", "Traceback"))
+    print(f"\ndrained two processes under load in {seconds:.1f} s: {load.answered} answers, no error")
+
+
+def test_when_the_parent_is_killed_the_processes_drain_and_no_call_fails(program: SeveralProgram, other: str) -> None:
+    address, _ = program.addresses()
+    load = Load(f"ipv4:{address},{other}")
+    try:
+        load.more()
+        children = program.children()
+        assert len(children) == 2
+        program.signal(signal.SIGKILL)
+        eventually(lambda: not any(map(is_there, children)))
+        load.more()  # with the other server
+    finally:
+        load.stop()
+    load.check()
+    assert program.process.wait(PATIENCE_SECONDS) == -signal.SIGKILL
+    assert sum("The parent has died; draining" in line for line in program.logged) == 2
+
+
+@pytest.mark.faults
 def test_one_that_is_told_to_go_drains_and_is_replaced_and_no_call_fails(program: SeveralProgram) -> None:
     address, metrics = program.addresses()
     load = Load(address)
@@ -129,27 +202,32 @@ def test_one_that_is_told_to_go_drains_and_is_replaced_and_no_call_fails(program
     assert sum("ended with exit code 0; starting another" in line for line in program.logged) == 2
 
 
-def test_one_that_is_frozen_is_replaced_after_a_minute_and_scrapes_go_on(program: SeveralProgram) -> None:
+@pytest.mark.faults
+def test_one_that_is_frozen_is_replaced_after_a_minute_and_no_patient_caller_fails(program: SeveralProgram) -> None:
     address, metrics = program.addresses()
     frozen, _ = program.children()
-    os.kill(frozen, signal.SIGSTOP)
+    load = Load(address, timeout=110.0)
     try:
-        shown = scrape(metrics)
-        assert shown("lossgrad_ready") == 1
+        load.more()
+        os.kill(frozen, signal.SIGSTOP)
         began = time.monotonic()
-        deadline = began + 90
+        assert scrape(metrics)("lossgrad_ready") == 1
         while not any("has given no sign of life for 60.0 s; killing it" in line for line in program.logged):
-            assert time.monotonic() < deadline
+            assert time.monotonic() < began + 100
             time.sleep(0.2)
+        seconds = time.monotonic() - began
         eventually(lambda: total(scrape(metrics), "lossgrad_process_restarts_total") == 1)
+        load.more()
     finally:
         if is_there(frozen):
             os.kill(frozen, signal.SIGCONT)
-    with lossgrad.LossClient(address) as client:
-        assert client.l1(INPUT, INPUT).loss == 0
-    print(f"\na frozen process was replaced after {time.monotonic() - began:.0f} s")
+        load.stop()
+    load.check()
+    assert not is_there(frozen)
+    print(f"\na frozen process was replaced after {seconds:.0f} s: {load.answered} answers, no error")
 
 
+@pytest.mark.faults
 def test_one_that_dies_at_every_start_is_tried_ever_less_often_and_the_other_serves(tmp_path: Path) -> None:
     marker = tmp_path / "no more"
     (tmp_path / "sitecustomize.py").write_text(
