@@ -32,12 +32,13 @@ WARM_SECONDS: Final = 0.3
 _TICKS_PER_SECOND: Final = os.sysconf("SC_CLK_TCK")
 _PATIENCE_SECONDS: Final = 60.0
 
-# The bytes of each of two float32 tensors, and whether they travel packed. Calls that are not ask for the gradient.
+# The bytes of each of two float32 tensors, whether a client's calls share its kept stream, and whether a stream packs them.
+# Calls that are not packed ask for the gradient.
 CASES: Final = {
-    "1 KiB, unary": (KIB // 2, False),
-    "1 KiB, packed": (KIB // 2, True),
-    "64 KiB, unary": (32 * KIB, False),
-    "1 MiB, unary": (MIB // 2, False),
+    "1 KiB, calls": (KIB // 2, True, False),
+    "1 KiB, unary": (KIB // 2, False, False),
+    "1 KiB, packed": (KIB // 2, True, True),
+    "1 MiB, unary": (MIB // 2, False, False),
 }
 
 
@@ -68,14 +69,14 @@ def call() -> None:
     for line in sys.stdin:
         target, case, seconds = line.rstrip("\n").split("\t")
         # A connection for each: which process it comes to is chance, and that is part of what is measured.
-        with lossgrad.LossClient(target) as client:
+        with lossgrad.LossClient(target, coalesce=CASES[case][1]) as client:
             _call_for(client, case, WARM_SECONDS)
             count = _call_for(client, case, float(seconds))
         print(count, flush=True)
 
 
 def _call_for(client: lossgrad.LossClient, case: str, seconds: float) -> int:
-    byte_count, is_packed = CASES[case]
+    byte_count, _, is_packed = CASES[case]
     pair = np.linspace(-2, 2, byte_count // 4, dtype=np.float32), np.zeros(byte_count // 4, np.float32)
     count, until = 0, time.perf_counter() + seconds
     while time.perf_counter() < until:
