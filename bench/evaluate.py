@@ -3,8 +3,10 @@
     python -m bench.evaluate [--sizes 1KiB 64KiB 1MiB 4MiB] [--json]
 
 "floor" is a raw gRPC client that keeps as much in flight as `evaluate` does, against an echo server that looks at nothing:
-one slice to a message, as bench.transport's streams, and also packed as `evaluate` packs slices of up to 2 MiB. "evaluate"
-starts from NumPy arrays and ends with exact totals. The bar is issue 6's: 0.8 of the floor with one slice to a message.
+one slice to a message, as bench.transport's streams, and also packed as `evaluate` packs slices of up to 2 MiB. It sends the
+same bytes again and again. "copying floor" joins two arrays into each message, as whoever has arrays must, and computes
+nothing. "evaluate" starts from NumPy arrays and ends with exact totals. The bar is issue 6's: 0.8 of the floor with one
+slice to a message. All three channels and servers have the same message and frame sizes, and answers of the same size.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from lossgrad.exchange import FULL_MESSAGE_BYTES, MAX_REQUESTS_PER_MESSAGE
 from lossgrad.slice_window import MAX_SLICES, MESSAGE_BYTES, WRITTEN_BYTES
 from lossgrad_api import codec
 from lossgrad_api.allocator import keep_large_blocks
+from lossgrad_api.raw_bytes import join_without_gil
 
 _HEADER_BYTES: Final = 256
 _BAR: Final = 0.8
@@ -57,9 +60,11 @@ class Row:
     slice_bytes: int
     floor: float
     packed_floor: float | None
+    copying_floor: float
     evaluate: float
     ratio: float
     packed_ratio: float | None
+    copying_ratio: float
     evaluate_mib_per_second: float
 
 
@@ -119,6 +124,7 @@ def measure(channel: grpc.Channel, client: LossClient, size: int, rounds: int, s
     """Measure one size of slices."""
     cases: dict[str, Callable[[], float]] = {
         "floor": floor(channel, size, 1, seconds),
+        "copying floor": floor(channel, size, 1, seconds, copies=True),
         "evaluate": evaluate(client, size, seconds),
     }
     if is_packed(size):
@@ -131,17 +137,25 @@ def measure(channel: grpc.Channel, client: LossClient, size: int, rounds: int, s
         size,
         middle["floor"],
         middle.get("packed floor"),
+        middle["copying floor"],
         middle["evaluate"],
         paired_ratio(rates["evaluate"], rates["floor"]),
         paired_ratio(rates["evaluate"], rates["packed floor"]) if is_packed(size) else None,
+        paired_ratio(rates["evaluate"], rates["copying floor"]),
         middle["evaluate"] * 2 * size / MIB,
     )
 
 
-def floor(channel: grpc.Channel, size: int, per_message: int, seconds: float) -> Callable[[], float]:
-    """Return what gives the slices per second of a raw client that keeps the same in flight as `evaluate`."""
+def floor(
+    channel: grpc.Channel, size: int, per_message: int, seconds: float, *, copies: bool = False
+) -> Callable[[], float]:
+    """Return what gives the slices per second of a raw client that keeps the same in flight as `evaluate`.
+
+    `copies`: each message is made of two buffers, as from arrays.
+    """
     call: Any = channel.stream_stream(codec.STREAM_COMPUTE_LOSS)
     message = evaluate_echo.request(size, per_message)
+    parts = [bytearray(message[: len(message) // 2]), bytearray(message[len(message) // 2 :])]
     most = max(per_message, min(MAX_SLICES, DEFAULT_IN_FLIGHT_BYTES // len(message) * per_message))
 
     def burst() -> float:
@@ -151,7 +165,7 @@ def floor(channel: grpc.Channel, size: int, per_message: int, seconds: float) ->
         start = time.perf_counter()
         while True:
             while sent - answered + per_message <= most and time.perf_counter() - start < seconds:
-                outgoing.put(message)
+                outgoing.put(join_without_gil(parts) if copies else message)
                 sent += per_message
             if sent == answered:
                 break
@@ -196,16 +210,28 @@ def packed_count(size: int) -> int:
 
 def text_of(report: Report) -> str:
     """Return the report for people."""
-    heads = ("slice (each tensor)", "floor /s", "packed floor /s", "evaluate /s", "MiB/s", "ratio", "to packed")
+    heads = (
+        "slice (each tensor)",
+        "floor /s",
+        "packed floor /s",
+        "copying floor /s",
+        "evaluate /s",
+        "MiB/s",
+        "ratio",
+        "to packed",
+        "to copying",
+    )
     rows = [
         (
             size_name(row.slice_bytes),
             number(row.floor),
             "" if row.packed_floor is None else number(row.packed_floor),
+            number(row.copying_floor),
             number(row.evaluate),
             number(row.evaluate_mib_per_second),
             number(row.ratio),
             "" if row.packed_ratio is None else number(row.packed_ratio),
+            number(row.copying_ratio),
         )
         for row in report.rows
     ]
