@@ -10,9 +10,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from lossgrad_api.codec import Buffer
 from lossgrad_api.raw_bytes import join_without_gil
@@ -50,8 +51,14 @@ JOIN_IN_THREAD_BYTES: Final = 256 * 1024
 IN_PLACE_BYTES: Final = 64 * 1024
 
 Answer = Sequence[Buffer] | RequestError
-# How many bytes are to be copied, and what copies them, in any thread; it may raise RequestError.
-Placing = tuple[int, Callable[[], None]]
+
+
+class Placing(NamedTuple):
+    """How many bytes are to be copied, and what copies them, which may raise RequestError; where, if not in any thread."""
+
+    byte_count: int
+    place: Callable[[], None]
+    executor: Executor | None = None
 
 
 class PendingRequest(Job):
@@ -114,11 +121,11 @@ class PendingRequest(Job):
         if isinstance(outcome, RequestError) or placing is None:
             self._finish(outcome)
             return
-        byte_count, place = placing
-        if byte_count <= JOIN_IN_THREAD_BYTES:
+        byte_count, place, executor = placing
+        if executor is None and byte_count <= JOIN_IN_THREAD_BYTES:
             self._finish(_placed(place, outcome))
             return
-        copying = asyncio.get_running_loop().run_in_executor(None, _placed, place, outcome)
+        copying = asyncio.get_running_loop().run_in_executor(executor, _placed, place, outcome)
         copying.add_done_callback(lambda done: self._finish(done.result()))
 
     def sent(self) -> None:
@@ -205,7 +212,7 @@ class PendingComputeLoss(PendingRequest):
         if not self._is_placed:
             return None
         copies = misplaced(self.item, computed.result)
-        return sum(len(output) for output, _ in copies), partial(copy, copies)
+        return Placing(sum(len(output) for output, _ in copies), partial(copy, copies))
 
     def _encode(self, computed: Computed) -> Sequence[Buffer]:
         header, stats, key = self.item.header, self._pipeline.stats_of(computed), self.idempotency_key
