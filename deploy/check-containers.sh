@@ -216,6 +216,17 @@ check_contents() {
   fi
 }
 
+# torch itself is loaded by this engine alone, and by a GPU's.
+check_plain_engine() {
+  start --env LOSSGRAD_ENGINE=plain
+  if wait_until_healthy; then
+    succeeds "torch's own operations (--engine plain)" client compute "${TARGET}"
+  else
+    failed "torch's own operations (--engine plain)" "does not start"
+  fi
+  podman rm --force --time 5 "${NAME}" >/dev/null
+}
+
 check_stop() {
   local started load
   client load "${TARGET}" >"${WORK}/load.txt" 2>&1 &
@@ -336,6 +347,7 @@ check_confinement
 check_service
 check_contents
 check_stop
+check_plain_engine
 check_memory_limit 256
 check_compose
 

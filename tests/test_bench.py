@@ -114,7 +114,7 @@ def test_sizes_are_read(text: str, byte_count: int) -> None:
 @pytest.mark.slow
 def test_the_cost_of_metrics_is_measured_beside_a_server_that_counts_nothing() -> None:
     report = _run("bench.metrics_cost", "--json", "--rounds", "1", "--burst-seconds", "0.02")
-    assert {row["server"] for row in report["rows"]} == {"without", "metrics", "tracing"}
+    assert {row["server"] for row in report["rows"]} == {"without", "metrics", "tracing", "1 in 100", "all"}
     assert all(row["rate_ratio"] > 0 for row in report["rows"])
     assert len(report["bars"]) == 2
 

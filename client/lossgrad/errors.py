@@ -142,6 +142,12 @@ _UNREACHABLE: Final[tuple[tuple[str, type[Unavailable], str], ...]] = (
         "{target!r} closed the connection at once: does it want TLS (ca=..., or tls=True), or a client certificate "
         "(cert=... and key=...)? See: lossgrad ping --target {target}",
     ),
+    (
+        "backend unhealthy",  # grpc's health checking: it asks the server whether it serves
+        Unavailable,
+        "{target!r} is there and does not serve now: it is starting, stopping, or without its device, which its log says; "
+        "try again in a moment",
+    ),
     ("", Unavailable, "no answer from {target!r}: is a server running there? See: lossgrad ping --target {target}"),
 )
 

@@ -59,16 +59,16 @@ def build() -> Dashboard:
             ),
             number(
                 "Oldest waiting",
-                "How long the request that has waited longest has waited for a device.",
+                "How long the request that has waited longest has waited for a device. Bulk, which may wait, is left out.",
                 "s",
-                "max(lossgrad_queue_oldest_seconds{$servers})",
+                'max(lossgrad_queue_oldest_seconds{$servers, priority!="bulk"})',
                 red_from=1,
             ),
             labels_table(
                 "Build",
                 "What runs: version of lossgrad and torch, and the device.",
                 "lossgrad_build_info{$servers}",
-                hidden=["job", "determinism", "grpc", "python"],
+                hidden=["job", "determinism", "grpc", "python", "cuda"],
                 width=3,
             ),
         ],
@@ -155,7 +155,7 @@ def build() -> Dashboard:
                 "Requests per second with a NaN or an infinity among their elements' losses: "
                 "almost always the caller's data.",
                 "reqps",
-                {"{{loss}}": rate("lossgrad_nonfinite_results_total", "loss")},
+                {"{{loss}} {{kind}}": rate("lossgrad_nonfinite_results_total", "loss, kind")},
             ),
         ],
     )
@@ -186,15 +186,15 @@ def build() -> Dashboard:
             ),
             graph(
                 "Queue",
-                "Requests that wait for a device.",
+                "Requests that wait for a device. Bulk goes after the others.",
                 "none",
-                {"{{instance}} {{device}}": "sum by (instance, device) (lossgrad_queue_requests{$servers})"},
+                {"{{instance}} {{device}} {{priority}}": "lossgrad_queue_requests{$servers}"},
             ),
             graph(
                 "Oldest waiting",
-                "How long the request that has waited longest has waited.",
+                "How long the request that has waited longest has waited. Bulk may wait for long under load.",
                 "s",
-                {"{{instance}} {{device}}": "lossgrad_queue_oldest_seconds{$servers}"},
+                {"{{instance}} {{device}} {{priority}}": "lossgrad_queue_oldest_seconds{$servers}"},
                 limit=1,
             ),
             graph(
@@ -205,6 +205,19 @@ def build() -> Dashboard:
                     "queued": "sum(lossgrad_queue_bytes{$servers})",
                     "in flight": "sum(lossgrad_inflight_bytes{$servers})",
                 },
+            ),
+            graph(
+                "Computed once more",
+                "Batches, or parts of them, per second that were computed once more: in halves for want of memory or after "
+                "an error, or alone in the next process. Callers notice the time only.",
+                "ops",
+                {"{{reason}}": rate("lossgrad_batch_retries_total", "reason")},
+            ),
+            graph(
+                "Worker processes lost",
+                "Per hour, by what ended them. With --isolation process they are replaced; each costs a moment of service.",
+                "none",
+                {"{{instance}} {{cause}}": f"3600 * {rate('lossgrad_worker_lost_total', 'instance, cause')}"},
             ),
         ],
     )

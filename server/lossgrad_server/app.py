@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -28,6 +29,7 @@ from lossgrad_server.transport.open_inference.service import OpenInferenceDescri
 from lossgrad_server.transport.pipeline import RequestPipeline
 from lossgrad_server.transport.service import LossService, ServiceDescription
 from lossgrad_server.transport.transfers import Unsent
+from lossgrad_server.triton_metrics import TritonCollector
 from lossgrad_server.workers import Outages, make_worker
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ _EXPIRY_SECONDS: Final = 0.05
 # Memory kept for the next large message is given back once there has been no request for this long.
 _IDLE_SECONDS: Final = 5.0
 
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 # How often a server that drains looks whether it is done, and how long the last answer has to leave it.
 _DRAINED_SECONDS: Final = 0.05
@@ -75,9 +79,9 @@ class Core:
         self.on_ready: Callable[[bool], None] = lambda _: None  # called when that changes while it serves
         tracer = create_tracer(config)  # before the device: a bad setting must be told at once
         made = make_worker(config, may_isolate=may_isolate)
-        worker, determinism = made.worker, made.determinism
+        worker = made.worker
         self.device = worker.device
-        self.metrics = create_metrics(config, worker.device, determinism)
+        self.metrics = create_metrics(config, made)
         post = _poster(loop)
         self.batcher = Batcher(
             worker,
@@ -98,6 +102,7 @@ class Core:
             None if shared_memory is None else shared_memory.segments,
             unsent=Unsent(config.max_queued_bytes // 4),
             tracer=tracer,
+            has_nan=engine.has_nan,
         )
         if shared_memory is not None:
             self.metrics.watch_memory(shared_memory.state)
@@ -105,7 +110,7 @@ class Core:
             server_version=__version__,
             torch_version=engine.torch_version(),
             device=worker.device,
-            determinism=determinism,
+            determinism=made.determinism,
             max_message_bytes=config.max_message_bytes,
             max_queued_requests=config.max_queued_requests,
             max_queued_bytes=config.max_queued_bytes,
@@ -115,7 +120,7 @@ class Core:
         offer = (lambda _: None) if shared_memory is None else shared_memory.offer
         self.methods: list[Method] = LossService(self.pipeline, description, offer).methods()
         if config.open_inference:
-            self.methods += OpenInferenceService(
+            open_inference = OpenInferenceService(
                 self.pipeline,
                 OpenInferenceDescription(
                     server_version=__version__,
@@ -126,7 +131,10 @@ class Core:
                 ),
                 is_ready=lambda: self.is_ready,
                 regions=None if shared_memory is None else shared_memory.system_regions,
-            ).methods()
+            )
+            self.methods += open_inference.methods()
+            if config.triton_metrics:
+                self.metrics.registry.register(TritonCollector(open_inference.statistics))
 
     async def warm_up(self) -> None:
         """Start the worker and wait until it is warm; from then on requests are served."""
@@ -227,6 +235,7 @@ class Server:
             self._core.shared_memory.start(self.config.address, self.port)
         await self._health.set_alive()
         await self._grpc.start()
+        logger.info("Warming up: %s takes no requests yet", self.grpc_address)
         try:
             await self._core.warm_up()
         except Exception:
@@ -301,9 +310,11 @@ async def run(config: ServerConfig) -> None:
     server = Server(config)
     signalled: asyncio.Queue[str] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled.put_nowait, number.name)
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, _leave, number.name)
     await server.start()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, signalled.put_nowait, number.name)
     # For people and scripts that start a server on port 0: the one line on standard output.
     print(f"lossgrad-server ready on {server.grpc_address}, metrics {server.metrics_address}", flush=True)  # noqa: T201
     first = asyncio.ensure_future(signalled.get())
@@ -326,6 +337,13 @@ async def run(config: ServerConfig) -> None:
     else:
         again.cancel()
         await drain
+
+
+def _leave(name: str) -> None:
+    """End a server that has not served yet. Nobody is to be told, and compiling cannot be interrupted."""
+    logger.info("%s received while warming up; stopping at once", name)
+    logging.shutdown()
+    os._exit(0)
 
 
 def _shared_memory(config: ServerConfig) -> SharedMemory | None:

@@ -148,6 +148,11 @@ class ServerConfig:
         True,
         "Serve the Open Inference Protocol too, on the same port and from the same batches, for Triton's clients and tools.",
     )
+    triton_metrics: bool = _setting(
+        False,
+        "Serve Triton's nv_inference_* metrics beside our own, for dashboards that were made for it: of requests of the "
+        "Open Inference Protocol.",
+    )
     tls_cert: str = _setting(
         "",
         "PEM file of the server's certificate with its chain; with --tls-key this turns TLS on. Read again when it changes.",
@@ -222,6 +227,10 @@ class ServerConfig:
             if (least is not None and not value >= least) or (most is not None and not value <= most):
                 allowed = f"at least {least}" if most is None else f"{least} to {most}"
                 raise ConfigError(f"{flag(setting.name)} is {value}; it must be {allowed}")
+        if self.triton_metrics and not self.open_inference:
+            raise ConfigError(
+                "--triton-metrics counts Open Inference requests, and --open-inference is false; choose one"
+            )
         for name, words in _CHOICES.items():
             if getattr(self, name) not in words:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}; it must be {_either(words)}")

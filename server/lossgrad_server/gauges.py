@@ -11,18 +11,15 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from lossgrad_server.batching.forming import Batch
+from lossgrad_server.batching.line import Priority
+from lossgrad_server.batching.waiting import QueueSummary
 
 
 class QueueState(Protocol):
     """What the gauges read at every scrape: the batcher."""
 
-    @property
-    def waiting_requests(self) -> int:
-        """How many jobs wait to be picked."""
-
-    @property
-    def waiting_bytes(self) -> int:
-        """The bytes of the jobs that wait."""
+    def waiting(self, priority: Priority) -> QueueSummary:
+        """Return what waits with a priority."""
 
     @property
     def admitted_requests(self) -> int:
@@ -31,10 +28,6 @@ class QueueState(Protocol):
     @property
     def admitted_bytes(self) -> int:
         """The bytes of all jobs inside."""
-
-    @property
-    def oldest_wait_seconds(self) -> float:
-        """How long the job that has waited longest has waited."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,17 +61,6 @@ class QueueCollector(Collector):
     def collect(self) -> list[GaugeMetricFamily]:
         """Read it."""
         gauges = (
-            ("lossgrad_queue_requests", "Requests that wait to be picked.", self._queue.waiting_requests),
-            (
-                "lossgrad_queue_bytes",
-                "Bytes of those requests and their answers.",
-                self._queue.waiting_bytes,
-            ),
-            (
-                "lossgrad_queue_oldest_seconds",
-                "How long the request that has waited longest has waited; 0 where none waits.",
-                self._queue.oldest_wait_seconds,
-            ),
             (
                 "lossgrad_inflight_bytes",
                 "Bytes of all requests inside and their answers.",
@@ -100,17 +82,50 @@ class QueueCollector(Collector):
                 self._queue.admitted_requests,
             ),
             (
+                "lossgrad_batch_cap_requests",
+                "The most requests in a batch: --max-batch-requests.",
+                self._limits.batch_requests,
+            ),
+            (
+                "lossgrad_batch_cap_elements",
+                "The most elements in a batch: --max-batch-elements.",
+                self._limits.batch_elements,
+            ),
+            (
+                "lossgrad_batch_cap_bytes",
+                "The most bytes in a batch, answers included: --max-batch-bytes.",
+                self._limits.batch_bytes,
+            ),
+            (
                 "lossgrad_device_utilization_ratio",
                 "Share of the last ten seconds that the device was busy.",
                 self._utilization(),
             ),
         )
-        families: list[GaugeMetricFamily] = []
+        families = self._waiting()
         for name, documentation, value in gauges:
             family = GaugeMetricFamily(name, documentation, labels=("device",))
             family.add_metric((self._device,), value)
             families.append(family)
         return families
+
+    def _waiting(self) -> list[GaugeMetricFamily]:
+        """Return what waits, by priority."""
+        labels = ("device", "priority")
+        requests = GaugeMetricFamily("lossgrad_queue_requests", "Requests that wait to be picked.", labels=labels)
+        sizes = GaugeMetricFamily(
+            "lossgrad_queue_bytes", "Bytes of the requests that wait and of their answers.", labels=labels
+        )
+        ages = GaugeMetricFamily(
+            "lossgrad_queue_oldest_seconds",
+            "How long the request that has waited longest has waited; 0 where none waits.",
+            labels=labels,
+        )
+        for priority in Priority:
+            waiting = self._queue.waiting(priority)
+            for family, value in zip((requests, sizes, ages), waiting, strict=True):
+                family.add_metric((self._device, priority), value)
+        return [requests, sizes, ages]
 
 
 class DeviceMemoryCollector(Collector):

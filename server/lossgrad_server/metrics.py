@@ -24,7 +24,7 @@ from lossgrad_server.gauges import DeviceMemoryCollector, Limits, QueueCollector
 from lossgrad_server.histograms import Histogram
 from lossgrad_server.isolation.loss import Loss
 from lossgrad_server.jobs import DataType, JobPlan, LossKind
-from lossgrad_server.work import BatchResult
+from lossgrad_server.work import BatchResult, Retry
 
 # From 10 microseconds: the usual buckets start at 5 ms, where every request of ours would be in the first.
 SECONDS: Final = (
@@ -56,6 +56,11 @@ _OUTCOMES_BY_REASON: Final = {
     Reason.OUT_OF_DEVICE_MEMORY: "oom",
     Reason.DEVICE_FAILED: "device",
     Reason.WORKER_RESTARTING: "device",
+    Reason.UNKNOWN_REGION: "shm",
+    Reason.REGION_EXISTS: "shm",
+    Reason.BAD_REGION: "shm",
+    Reason.REGIONS_FULL: "shm",
+    Reason.SHARED_MEMORY_OFF: "shm",
 }
 _REJECTIONS: Final = {
     Reason.QUEUE_FULL: "queue_full",
@@ -79,6 +84,13 @@ class SliceOutcome(StrEnum):
     FAILED = "failed"
 
 
+class NonFinite(StrEnum):
+    """What a request's losses hold that is not finite."""
+
+    NAN = "nan"
+    INFINITE = "inf"  # infinities, and no NaN
+
+
 class CertificateState(Protocol):
     """What the gauge of the certificate reads."""
 
@@ -96,22 +108,21 @@ class RequestMetrics:
         self._ok = metrics.requests.labels(loss, mode, api, "ok")
         self._duration = metrics.request_duration.labels(loss, mode, api)
         self._elements = metrics.elements.labels(loss, mode, dtype, metrics.device)
-        self._nonfinite = metrics.nonfinite_results.labels(loss)
+        self._nonfinite = {kind: metrics.nonfinite_results.labels(loss, kind) for kind in NonFinite}
 
     def exemplar(self, seconds: float, trace_id: str) -> None:
         """Show a trace as an example of requests that take this long."""
         self._duration.exemplar(seconds, trace_id)
 
-    def done(self, seconds: float, element_count: int, times: int, nonfinite_results: int) -> None:
-        """Count requests that were answered with numbers, `seconds` after they came: `times` of `element_count` each.
-
-        `nonfinite_results` of them had a NaN or an infinity among their elements' losses.
-        """
+    def done(self, seconds: float, element_count: int, times: int) -> None:
+        """Count requests that were answered with numbers, `seconds` after they came: `times` of `element_count` each."""
         self._ok.inc(times)
         self._duration.observe(seconds, times)
         self._elements.inc(element_count * times)
-        if nonfinite_results:
-            self._nonfinite.inc(nonfinite_results)
+
+    def nonfinite(self, kind: NonFinite) -> None:
+        """Count a request with such among its elements' losses."""
+        self._nonfinite[kind].inc()
 
 
 class Metrics:
@@ -181,6 +192,13 @@ class Metrics:
             ("device",),
             FILL,
         )
+        retries = Counter(
+            "lossgrad_batch_retries",
+            "Times that a batch, or a part of one, was computed once more, by why.",
+            ("device", "reason"),
+            registry=registry,
+        )
+        self.batch_retries = {retry: retries.labels(device, retry) for retry in Retry}
         self.rejected = Counter(
             "lossgrad_rejected",
             "Requests refused for what the server is at, not for what they are.",
@@ -190,7 +208,7 @@ class Metrics:
         self.nonfinite_results = Counter(
             "lossgrad_nonfinite_results",
             "Requests with a NaN or an infinity among their elements' losses.",
-            ("loss",),
+            ("loss", "kind"),
             registry=registry,
         )
         self.accumulations = Gauge("lossgrad_accumulations", "AccumulateLoss streams that are open.", registry=registry)
@@ -245,8 +263,7 @@ class Metrics:
         # Series that are there from the start: a rate of what never was is no number, and an alert on it never fires.
         for reason in sorted(set(_REJECTIONS.values())):
             self.rejected.labels(reason)
-        for closed_by in ClosedBy:
-            self.batches.labels(device, closed_by)
+        self._batches = {closed_by: self.batches.labels(device, closed_by) for closed_by in ClosedBy}
         self._request_metrics: dict[tuple[LossKind | None, bool, DataType, str], RequestMetrics] = {}
 
     def watch(self, queue: QueueState) -> None:
@@ -303,11 +320,13 @@ class Metrics:
         self._stages["pack"].observe(result.pack_ns * 1e-9, size)
         self._stages["compute"].observe(result.compute_ns * 1e-9, size)
         self._stages["unpack"].observe(result.unpack_ns * 1e-9, size)
-        self.batches.labels(self.device, batch.closed_by).inc()
+        self._batches[batch.closed_by].inc()
         self._batch_requests.observe(size)
         self._batch_elements.observe(batch.element_count)
         self._batch_fill.observe(self._limits.fill_of(batch))
         self._utilization.busy(busy_ns * 1e-9)
+        for retry in result.retries:
+            self.batch_retries[retry].inc()
 
 
 def labels(plan: JobPlan | None) -> tuple[str, str]:

@@ -20,17 +20,20 @@ if TYPE_CHECKING:
     from lossgrad_server.tracing import Tracer
 
 
-def create_metrics(config: ServerConfig, device: str, determinism: str) -> Metrics:
-    """Return the metrics of a server that computes on this device."""
+def create_metrics(config: ServerConfig, made: MadeWorker) -> Metrics:
+    """Return the metrics of a server that computes with this worker."""
+    device = made.worker.device
     return Metrics(
         device=device,
         build_info={
             "version": __version__,
             "torch": engine.torch_version(),
+            "cuda": engine.cuda_version(),
             "python": platform.python_version(),
             "grpc": grpc.__version__,
             "device": device,
-            "determinism": determinism,
+            "device_name": made.model,
+            "determinism": made.determinism,
         },
         limits=Limits(
             queue_requests=config.max_queued_requests,
@@ -48,17 +51,17 @@ def watch_gpu(metrics: Metrics, made: MadeWorker) -> Gpu | None:
     if gpu is not None:
         metrics.registry.register(GpuCollector(gpu))
     device = made.worker.device
-    if device != "cpu" and not isinstance(made.worker, IsolatedWorker):
+    if device != "cpu" and isinstance(made.worker, IsolatedWorker):
+        metrics.watch_device_memory(partial(_isolated_memory, made.worker, gpu))
+    elif device != "cpu":
         metrics.watch_device_memory(partial(engine.memory_bytes, device))
-    elif device != "cpu" and gpu is not None:
-        # What torch holds, only the worker's process knows; and this one must not touch the device.
-        metrics.watch_device_memory(partial(_driver_memory, gpu))
     return gpu
 
 
-def _driver_memory(gpu: Gpu) -> dict[str, int]:
-    memory = gpu.memory_bytes()
-    return {} if memory is None else {"used": memory[0], "total": memory[1]}
+def _isolated_memory(worker: IsolatedWorker, gpu: Gpu | None) -> dict[str, int]:
+    """Return what the worker's process says that it has, and what the driver says: this one must not touch the device."""
+    memory = None if gpu is None else gpu.memory_bytes()
+    return {**worker.memory, **({} if memory is None else {"used": memory[0], "total": memory[1]})}
 
 
 def create_tracer(config: ServerConfig) -> Tracer | None:

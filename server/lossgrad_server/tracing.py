@@ -8,8 +8,10 @@ whose caller does not sample its trace costs a microsecond. Where they go is set
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
@@ -27,6 +29,11 @@ from lossgrad_server.errors import Code, RequestError
 from lossgrad_server.jobs import JobPlan
 from lossgrad_server.metrics import labels
 from lossgrad_server.transport.call import Call
+
+logger = logging.getLogger(__name__)
+
+# A server that stops has its grace period to keep, and its spans are worth less than that.
+LAST_EXPORT_SECONDS: Final = 3.0
 
 TRACEPARENT: Final = "traceparent"
 TRACESTATE: Final = "tracestate"
@@ -149,9 +156,13 @@ class Tracer:
             span.end()
 
     def close(self) -> None:
-        """Export what is left, and stop, if the provider is our own."""
-        if getattr(self._provider, "is_of_lossgrad", False):
-            self._provider.shutdown()  # type: ignore[attr-defined]
+        """Export what is left, and stop, if the provider is our own. A collector that does not answer is not waited for."""
+        if isinstance(self._provider, TracerProvider) and getattr(self._provider, "is_of_lossgrad", False):
+            closing = threading.Thread(target=self._provider.shutdown, name="lossgrad-spans", daemon=True)
+            closing.start()
+            closing.join(LAST_EXPORT_SECONDS)
+            if closing.is_alive():
+                logger.warning("The last spans were not taken within %s s; leaving them", LAST_EXPORT_SECONDS)
 
     def _begin(self, call: Call, own: tuple[str, str] | None, begun_ns: int) -> trace.Span | None:
         parent = _parent(*(own or (call.metadata.get(TRACEPARENT), call.metadata.get(TRACESTATE))))
@@ -177,7 +188,8 @@ def create_tracer() -> Tracer:
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
     os.environ.setdefault("OTEL_SERVICE_NAME", "lossgrad-server")
-    provider = TracerProvider(resource=Resource.create())
+    # What is left at the end, `close` exports.
+    provider = TracerProvider(resource=Resource.create(), shutdown_on_exit=False)
     provider.is_of_lossgrad = True  # type: ignore[attr-defined]
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return Tracer(provider)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Final, NamedTuple, Protocol
 
 from lossgrad_server.jobs import JobPlan
@@ -113,14 +113,26 @@ class WorkFailure:
     message: str
 
 
+class Retry(StrEnum):
+    """Why a worker computed something once more."""
+
+    OUT_OF_MEMORY = "out_of_memory"  # with less at a time, or after memory was given back
+    ERROR = "error"  # in smaller parts, so that what fails does so alone
+    WORKER_LOST = "worker_lost"  # a request by itself, in the next process
+
+
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """What became of a batch: one outcome for each item, in order, and where the time went, in nanoseconds."""
+    """What became of a batch: one outcome for each item, in order, and where the time went, in nanoseconds.
+
+    `retries` says for each time that the batch, or a part of it, was computed once more, why.
+    """
 
     outcomes: list[WorkResult | WorkFailure]
     pack_ns: int
     compute_ns: int
     unpack_ns: int
+    retries: tuple[Retry, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

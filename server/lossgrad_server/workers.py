@@ -26,11 +26,12 @@ OUTAGE_SECONDS: Final = 1.0
 
 
 class MadeWorker(NamedTuple):
-    """A worker, what its results depend on, and its GPU's UUID; None for a CPU."""
+    """A worker, what its results depend on, its GPU's UUID, None for a CPU, and its device's model."""
 
     worker: DeviceWorker
     determinism: str
     gpu_uuid: str | None
+    model: str
 
 
 def make_worker(config: ServerConfig, *, may_isolate: bool) -> MadeWorker:
@@ -41,11 +42,13 @@ def make_worker(config: ServerConfig, *, may_isolate: bool) -> MadeWorker:
                 config.device, config.threads, config.engine, config.log_level, config.log_format
             )
             isolated = IsolatedWorker(settings, config.worker_timeout_seconds)
-            return MadeWorker(isolated, isolated.facts.determinism, isolated.facts.gpu_uuid or None)
+            facts = isolated.facts
+            return MadeWorker(isolated, facts.determinism, facts.gpu_uuid or None, facts.model)
         worker = engine.create_worker(config.device, config.threads or None, config.engine)
     except ValueError as error:
         raise ConfigError(f"--device is {config.device!r}: {error}") from None
-    return MadeWorker(worker, engine.determinism(worker), engine.gpu_uuid(worker.device))
+    device = worker.device
+    return MadeWorker(worker, engine.determinism(worker), engine.gpu_uuid(device), engine.model(device))
 
 
 def _is_isolated(config: ServerConfig) -> bool:

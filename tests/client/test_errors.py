@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent import futures
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from lossgrad import (
     L1,
@@ -182,3 +185,18 @@ def test_what_the_server_still_finds_too_large_is_so(target: str, peer: Peer) ->
     peer.fail = refuse
     with LossClient(target) as client, pytest.raises(RequestTooLarge, match="too large"):
         client.l1(ONES, ONES)
+
+
+def test_a_server_that_does_not_serve_now_is_told_from_one_that_is_not_there() -> None:
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    servicer: Any = health.HealthServicer()  # type: ignore[no-untyped-call]
+    servicer.set("lossgrad_api.v1.LossService", health_pb2.HealthCheckResponse.NOT_SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with LossClient(f"127.0.0.1:{port}", retries=0) as client, pytest.raises(Unavailable) as raised:
+            client.l1(ONES, ONES)
+    finally:
+        server.stop(None)
+    assert str(raised.value).split("\n")[1].startswith(f"'127.0.0.1:{port}' is there and does not serve now")

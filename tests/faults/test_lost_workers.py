@@ -77,6 +77,7 @@ class Callers:
 
     def __init__(self, address: str, count: int = CALLERS, **settings: float) -> None:
         self.times: list[tuple[float, float]] = []  # when it ended, and how long it took
+        self.counts = [0] * count  # how many each caller has made
         self.errors: list[lossgrad.LossgradError] = []
         self.wrong: list[object] = []
         self._done = threading.Event()
@@ -98,6 +99,12 @@ class Callers:
                     if result.value != 3 + number or not np.all(result.gradient == np.float32(1 / (50 + number))):
                         self.wrong.append(result)
                 self.times.append((time.monotonic(), time.monotonic() - began))
+                self.counts[number] += 1
+
+    def wait_for_everybody(self) -> None:
+        """Wait until every caller has made a call that began after this was called."""
+        wanted = [count + 2 for count in self.counts]
+        eventually(lambda: all(count >= least for count, least in zip(self.counts, wanted, strict=True)))
 
     def __enter__(self) -> Callers:
         for thread in self._threads:
@@ -136,8 +143,8 @@ def test_r02_a_process_that_is_killed_under_load_costs_no_caller_an_error_or_a_w
         for number in range(kills):
             os.kill(served.process(), signal.SIGKILL)
             eventually(lambda number=number: served.metric("lossgrad_worker_restarts_total") == restarts + number + 1)  # type: ignore[misc]
-            calls = len(callers.times)
-            eventually(lambda calls=calls: len(callers.times) > calls + CALLERS)  # type: ignore[misc]
+            # Then no call meets more than one loss with its three attempts, however closely a busy machine puts the kills.
+            callers.wait_for_everybody()
     took = sorted(seconds for _, seconds in callers.times)
     print(
         f"\nkilled {kills} times under {CALLERS} callers: {len(callers.times)} calls, {len(callers.errors)} errors, "

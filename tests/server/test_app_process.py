@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from lossgrad_api.codec import SERVICE
 from lossgrad_api.v1 import loss_service_pb2 as pb
-from tests.server import losing_server
+from tests.server import losing_server, warming_server
 from tests.server.calling import Connect, answers_by_tag, message, stub_on
 from tests.server.program import Program
 from tests.server.requests import request
@@ -84,6 +84,16 @@ def test_it_says_where_it_serves_and_after_sigterm_finishes_what_is_in_flight(
     assert program.process.stdout is not None
     assert program.process.stdout.read() == ""  # the ready line was the only one
     assert not any(word in text for text in program.logged for word in ("ERROR", "WARNING", "Traceback", "Exception"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_still_warms_up_ends_at_once(start: Callable[..., Program], number: signal.Signals) -> None:
+    program = start("--port", "0", "--metrics-port", "-1", program=["-P", warming_server.__file__])
+    program.wait_until_logged("Warming up: 127.0.0.1:")
+    program.signal(number)
+    assert program.end() == 0  # an hour before it would be warm
+    assert any(f"{number.name} received while warming up" in line for line in program.logged)
+    assert not any("Traceback" in line for line in program.logged)
 
 
 @pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])

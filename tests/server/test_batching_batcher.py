@@ -11,6 +11,7 @@ import pytest
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.forming import ClosedBy
 from lossgrad_server.batching.job import BatchFacts, Job
+from lossgrad_server.batching.line import Priority
 from lossgrad_server.errors import Code, Reason
 from lossgrad_server.work import FailureKind, WorkFailure, WorkResult
 from tests.server.batching import PATIENCE_SECONDS, Answers, FakeWorker, Observed, batcher
@@ -75,7 +76,7 @@ def test_what_waits_when_the_device_is_free_goes_in_one_batch_in_order(
         submit(one, answers.job(name, 2))
     submit(one, *(answers.job(name, 2) for name in names[10:]))
     assert (one.waiting_requests, one.admitted_requests) == (50, 51)
-    assert (one.waiting_bytes, one.admitted_bytes) == (50 * 16, 50 * 16 + 8)
+    assert (one.waiting(Priority.NORMAL).bytes, one.admitted_bytes) == (50 * 16, 50 * 16 + 8)
     worker.release()
     answers.wait_for(51)
     assert worker.batches == [["first"], names]

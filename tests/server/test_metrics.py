@@ -8,19 +8,14 @@ from typing import Any
 
 import grpc
 import pytest
-from prometheus_client import generate_latest
+import torch
 
 import lossgrad_server
-from lossgrad_api import inference
 from lossgrad_api.codec import SERVICE
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_api.v1.loss_service_pb2_grpc import LossServiceStub
-from lossgrad_server.batching.forming import Batch
-from lossgrad_server.errors import Code, Reason, RequestError
-from lossgrad_server.gauges import Limits
-from lossgrad_server.jobs import DataType
-from lossgrad_server.metrics import Metrics, SliceOutcome
 from tests.server.calling import Connect, failure, stub_on
+from tests.server.metric_names import CLOSED, COUNTERS, GAUGES, HISTOGRAMS
 from tests.server.requests import L1, SMOOTH_L1, request
 from tests.server.scraping import Scrape, labelled
 from tests.server.serving import PATIENCE_SECONDS, HeldWorker, RunningServer, StartServer, eventually
@@ -79,7 +74,7 @@ def test_after_known_traffic_the_series_have_exactly_the_expected_values(
         labelled(loss="mixed", mode="loss", dtype="float32", device="cpu"): 3,
         labelled(loss="mse", mode="loss", dtype="float32", device="cpu"): 16,
     }
-    assert found.of("lossgrad_nonfinite_results_total") == {labelled(loss="mixed"): 1}
+    assert found.of("lossgrad_nonfinite_results_total") == {labelled(loss="mixed", kind="nan"): 1}
     assert found.of("lossgrad_rejected_total") == {}
     assert found.of("lossgrad_request_duration_seconds_count") == {
         labelled(loss="smooth_l1", mode="loss_grad", api="native"): 2,
@@ -122,8 +117,10 @@ def test_after_known_traffic_the_series_have_exactly_the_expected_values(
     assert found("grpc_server_handled_total", **rpc, grpc_code="INVALID_ARGUMENT") == 1
 
     assert found("lossgrad_ready") == 1
-    for gauge in ("lossgrad_queue_requests", "lossgrad_queue_oldest_seconds", "lossgrad_inflight_bytes"):
-        assert found(gauge, device="cpu") == 0
+    for gauge in ("lossgrad_queue_requests", "lossgrad_queue_oldest_seconds", "lossgrad_queue_bytes"):
+        for priority in ("normal", "bulk"):
+            assert found(gauge, device="cpu", priority=priority) == 0
+    assert found("lossgrad_inflight_bytes", device="cpu") == 0
     utilization = found("lossgrad_device_utilization_ratio", device="cpu")
     assert utilization is not None
     assert 0 < utilization <= 1
@@ -138,20 +135,27 @@ def test_the_queue_is_what_it_is_at_the_scrape_and_refusals_are_counted(
     worker.hold()
     calls = [stub.ComputeLoss.future(request([1.0] * 4, [0.0] * 4, L1))]
     worker.wait_for_batch()
-    calls += [stub.ComputeLoss.future(request([1.0] * size, [0.0] * size, SMOOTH_L1)) for size in (1, 2, 3)]
+    calls += [stub.ComputeLoss.future(request([1.0] * size, [0.0] * size, SMOOTH_L1)) for size in (1, 2)]
+    as_bulk = (("lossgrad-priority", "bulk"),)
+    calls.append(stub.ComputeLoss.future(request([1.0] * 3, [0.0] * 3, SMOOTH_L1), metadata=as_bulk))
     eventually(lambda: running.batcher.waiting_requests == 3)
     for _ in range(2):
         failure(stub.ComputeLoss, request([1.0], [0.0], L1))
     found = scrape(running)
-    assert found("lossgrad_queue_requests", device="cpu") == 3
-    oldest = found("lossgrad_queue_oldest_seconds", device="cpu")
-    assert oldest is not None
-    assert 0 < oldest < PATIENCE_SECONDS
-    assert found("lossgrad_queue_bytes", device="cpu") == (1 + 2 + 3) * 3 * 4  # two tensors and a gradient
+    for priority, sizes in (("normal", (1, 2)), ("bulk", (3,))):
+        assert found("lossgrad_queue_requests", device="cpu", priority=priority) == len(sizes)
+        oldest = found("lossgrad_queue_oldest_seconds", device="cpu", priority=priority)
+        assert oldest is not None
+        assert 0 < oldest < PATIENCE_SECONDS
+        # Two tensors and a gradient.
+        assert found("lossgrad_queue_bytes", device="cpu", priority=priority) == sum(sizes) * 3 * 4
     assert found("lossgrad_inflight_bytes", device="cpu") == (1 + 2 + 3) * 3 * 4 + 4 * 2 * 4
     assert found("lossgrad_inflight_requests", device="cpu") == 4
     assert found("lossgrad_queue_limit_requests", device="cpu") == 4
     assert found("lossgrad_queue_limit_bytes", device="cpu") == running.config.max_queued_bytes
+    assert found("lossgrad_batch_cap_requests", device="cpu") == running.config.max_batch_requests
+    assert found("lossgrad_batch_cap_elements", device="cpu") == running.config.max_batch_elements
+    assert found("lossgrad_batch_cap_bytes", device="cpu") == running.config.max_batch_bytes
     assert found.of("lossgrad_rejected_total") == {labelled(reason="queue_full"): 2}
     assert found("lossgrad_requests_total", loss="l1", mode="loss", api="native", outcome="overloaded") == 2
     worker.release()
@@ -161,52 +165,6 @@ def test_the_queue_is_what_it_is_at_the_scrape_and_refusals_are_counted(
 
 
 # ---- Names, types and buckets ----
-
-COUNTERS = [
-    "grpc_server_started",
-    "grpc_server_handled",
-    "grpc_server_msg_received",
-    "grpc_server_msg_sent",
-    "lossgrad_requests",
-    "lossgrad_elements",
-    "lossgrad_batches",
-    "lossgrad_rejected",
-    "lossgrad_nonfinite_results",
-    "lossgrad_accumulation_slices",
-    "lossgrad_worker_lost",
-    "lossgrad_worker_restarts",
-    "lossgrad_worker_crashing_requests",
-    "process_cpu_seconds",
-]
-HISTOGRAMS = [
-    "grpc_server_handling_seconds",
-    "lossgrad_request_duration_seconds",
-    "lossgrad_stage_duration_seconds",
-    "lossgrad_request_bytes",
-    "lossgrad_response_bytes",
-    "lossgrad_batch_requests",
-    "lossgrad_batch_elements",
-    "lossgrad_batch_fill_ratio",
-]
-GAUGES = [
-    "lossgrad_accumulations",
-    "lossgrad_ready",
-    "lossgrad_worker_up",
-    "lossgrad_build_info",
-    "lossgrad_queue_requests",
-    "lossgrad_queue_bytes",
-    "lossgrad_inflight_bytes",
-    "lossgrad_device_utilization_ratio",
-    "lossgrad_queue_oldest_seconds",
-    "lossgrad_queue_limit_bytes",
-    "lossgrad_queue_limit_requests",
-    "lossgrad_inflight_requests",
-    "process_max_fds",
-    "process_open_fds",
-    "process_resident_memory_bytes",
-    "process_start_time_seconds",
-    "process_virtual_memory_bytes",
-]
 
 
 def test_the_names_and_types_are_those_that_are_promised(server: RunningServer) -> None:
@@ -246,7 +204,9 @@ def test_build_info_tells_what_runs(server: RunningServer) -> None:
     told = dict(labels)
     assert told["version"] == lossgrad_server.__version__
     assert told["device"] == "cpu"
-    assert told.keys() == {"version", "torch", "python", "grpc", "device", "determinism"}
+    assert told["device_name"]
+    assert (told["torch"], told["cuda"]) == (torch.__version__, torch.version.cuda or "")
+    assert told.keys() == {"version", "torch", "cuda", "python", "grpc", "device", "device_name", "determinism"}
 
 
 # ---- Closed sets ----
@@ -269,30 +229,6 @@ def test_what_callers_name_adds_no_series(running: RunningServer, connect: Conne
         beta = request([1.0], [2.0], pb.LossSpec(smooth_l1=pb.SmoothL1Loss(beta=-1.0 - number)))
         failure(stub.ComputeLoss, beta)
     assert scrape(running).series() == before
-
-
-CLOSED = {
-    "loss": {"smooth_l1", "huber", "l1", "mse", "mixed", "unknown"},
-    "mode": {"loss", "loss_grad", "unknown"},
-    "api": {"native", "stream", "accumulate", "open_inference", "open_inference_stream", "other"},
-    "dtype": {data_type.name.lower() for data_type in DataType},
-    "outcome": {
-        "ok", "invalid", "overloaded", "too_large", "deadline", "cancelled", "oom", "device", "internal",
-        "unauthenticated",
-        *SliceOutcome,
-    },
-    "stage": {"decode", "queue", "pack", "compute", "unpack", "encode"},
-    "device": {"cpu"},
-    "closed_by": {"idle", "inline", "max_requests", "max_elements", "max_bytes", "alone", "deadline"},
-    "reason": {
-        "queue_full", "bytes_full", "predicted_late", "draining", "warming_up", "too_large", "deadline", "restarting",
-    },
-    "cause": {"killed", "exited", "hung", "device"},
-    "grpc_type": {"unary", "bidi_stream"},
-    "grpc_service": {SERVICE, inference.SERVICE},
-    "grpc_method": {"ComputeLoss", "StreamComputeLoss", "AccumulateLoss", "GetServerInfo", *inference.methods()},
-    "grpc_code": {code.name for code in grpc.StatusCode},
-}  # fmt: skip
 
 
 def test_label_values_come_from_closed_sets(server: RunningServer) -> None:
@@ -329,60 +265,19 @@ def test_a_message_that_is_too_large_counts_though_its_handler_never_sees_it(
     assert found.of("lossgrad_rejected_total") == {labelled(reason="too_large"): 2}
 
 
-def test_a_batch_is_as_full_as_the_cap_that_it_is_nearest_to() -> None:
-    limits = Limits(batch_requests=4, batch_elements=100, batch_bytes=1000)
-    job: Any = object()
-    assert limits.fill_of(Batch(jobs=[job], element_count=10, byte_count=100)) == 0.25
-    assert limits.fill_of(Batch(jobs=[job], element_count=90, byte_count=100)) == 0.9
-    assert limits.fill_of(Batch(jobs=[job], element_count=10, byte_count=1500)) == 1.5
-    assert Limits().fill_of(Batch(jobs=[job], element_count=10, byte_count=1500)) == 0.0
-
-
-def test_a_devices_memory_is_read_at_every_scrape(metrics: Metrics) -> None:
-    memory = {"allocated": 10, "reserved": 20, "used": 30, "total": 100}
-    metrics.watch_device_memory(lambda: memory)
-    memory["allocated"] = 15
-    found = Scrape(generate_latest(metrics.registry).decode())
-    assert found.of("lossgrad_device_memory_bytes") == {
-        labelled(device="cpu", kind="allocated"): 15,
-        labelled(device="cpu", kind="reserved"): 20,
-        labelled(device="cpu", kind="used"): 30,
-        labelled(device="cpu", kind="total"): 100,
+@pytest.mark.parametrize("reduction", [pb.REDUCTION_NONE, pb.REDUCTION_MEAN, pb.REDUCTION_SAMPLE_SUM])
+def test_what_is_not_finite_is_nan_or_infinity(
+    running: RunningServer, connect: Connect, reduction: pb.Reduction
+) -> None:
+    stub = stub_on(connect(running.address))
+    infinite, nan = [[1.0, math.inf], [0.0, -math.inf]], [[1.0, math.inf], [0.0, math.nan]]
+    zeros = [[0.0, 0.0]] * 2
+    huber = pb.LossSpec(huber=pb.HuberLoss(delta=1.0), reduction=reduction)
+    mse = pb.LossSpec(mse=pb.MseLoss(), reduction=reduction)
+    for input, *specs in ((infinite, mse), (infinite, mse), (nan, mse), (zeros, mse), (infinite, huber, mse)):
+        stub.ComputeLoss(request(input, zeros, *specs))
+    assert scrape(running).of("lossgrad_nonfinite_results_total") == {
+        labelled(loss="mse", kind="inf"): 2,
+        labelled(loss="mse", kind="nan"): 1,
+        labelled(loss="mixed", kind="inf"): 1,
     }
-
-
-@pytest.fixture
-def metrics() -> Metrics:
-    return Metrics(device="cpu", build_info={"version": "1"})
-
-
-def test_every_error_has_an_outcome_and_a_rejection_from_the_closed_sets(metrics: Metrics) -> None:
-    for code in Code:
-        for reason in Reason:
-            metrics.failed(None, "native", RequestError("", code=code, reason=reason))
-    found = Scrape(generate_latest(metrics.registry).decode())
-    outcomes = {dict(labels)["outcome"] for labels in found.of("lossgrad_requests_total")}
-    assert outcomes == CLOSED["outcome"] - {"ok", *SliceOutcome}
-    assert sum(found.of("lossgrad_requests_total").values()) == len(Code) * len(Reason)
-    assert {dict(labels)["reason"] for labels in found.of("lossgrad_rejected_total")} == CLOSED["reason"]
-
-
-@pytest.mark.parametrize(
-    ("code", "reason", "outcome"),
-    [
-        (Code.INVALID_ARGUMENT, Reason.BAD_SHAPE, "invalid"),
-        (Code.RESOURCE_EXHAUSTED, Reason.RESULT_TOO_LARGE, "too_large"),
-        (Code.RESOURCE_EXHAUSTED, Reason.OUT_OF_DEVICE_MEMORY, "oom"),
-        (Code.UNAVAILABLE, Reason.QUEUE_FULL, "overloaded"),
-        (Code.UNAVAILABLE, Reason.DEVICE_FAILED, "device"),
-        (Code.UNAVAILABLE, Reason.WORKER_RESTARTING, "device"),
-        (Code.INTERNAL, Reason.WORKER_CRASHED, "internal"),
-        (Code.DEADLINE_EXCEEDED, Reason.DEADLINE_PASSED, "deadline"),
-        (Code.CANCELLED, Reason.CANCELLED, "cancelled"),
-        (Code.INTERNAL, Reason.INTERNAL, "internal"),
-    ],
-)
-def test_outcomes_tell_whose_trouble_it_was(metrics: Metrics, code: Code, reason: Reason, outcome: str) -> None:
-    metrics.failed(None, "stream", RequestError("", code=code, reason=reason))
-    found = Scrape(generate_latest(metrics.registry).decode())
-    assert found("lossgrad_requests_total", loss="unknown", mode="unknown", api="stream", outcome=outcome) == 1

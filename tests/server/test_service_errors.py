@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -18,6 +18,7 @@ from lossgrad_api.v1.loss_service_pb2_grpc import LossServiceStub
 from lossgrad_server.errors import Reason, Unavailable
 from lossgrad_server.transport import pipeline
 from lossgrad_server.transport.status import pushback
+from lossgrad_server.work import BatchResult, Done, FailureKind, WorkFailure, WorkItem
 from tests.server.calling import Connect, Failure, failure, failure_of, stub_on
 from tests.server.requests import request, zeros
 from tests.server.serving import PATIENCE_SECONDS, HeldWorker, RunningServer, StartServer, eventually, handled
@@ -201,6 +202,22 @@ def test_a_bug_in_the_engine_tells_nothing_and_ends_no_stream(
         assert_tells_nothing(Failure(answer.error), caplog)
     worker.failure = None
     assert stub.ComputeLoss(GOOD).results
+
+
+def test_a_request_that_its_worker_died_of_is_in_the_log_with_its_id_and_its_caller(
+    start_server: StartServer, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Crashing(HeldWorker):
+        def submit(self, items: Sequence[WorkItem]) -> Done:
+            crashed = WorkFailure(FailureKind.WORKER_CRASHED, "it died of this, twice")
+            return Done(BatchResult([crashed] * len(items), 0, 0, 0))
+
+    stub = stub_on(connect(start_server(worker=Crashing()).address))
+    error = failure(stub.ComputeLoss, GOOD)
+    assert (error.code, error.info.reason) == (INTERNAL, "WORKER_CRASHED")
+    (line,) = (vars(record) for record in caplog.records if "INTERNAL" in record.getMessage())
+    assert (line["request_id"], line["reason"]) == (error.info.metadata["request_id"], "WORKER_CRASHED")
+    assert line["caller"].startswith("ipv4:127.0.0.1:")
 
 
 def test_a_bug_where_answers_are_made_leaves_nobody_waiting(

@@ -14,11 +14,9 @@ import grpc
 import numpy as np
 import pytest
 from opentelemetry import trace
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from opentelemetry.trace import SpanContext, SpanKind, StatusCode
+from opentelemetry.trace import SpanKind, StatusCode
 from prometheus_client.openmetrics.exposition import generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
@@ -28,80 +26,10 @@ from lossgrad_server.config import ConfigError
 from tests.server.accumulate_calls import SUM, config, slice_of
 from tests.server.calling import stub_on
 from tests.server.requests import request
-from tests.server.serving import HeldWorker, RunningServer, eventually
+from tests.server.serving import HeldWorker, RunningServer
+from tests.server.spans import PARENT, STAGES, UNSAMPLED, Spans, attributes_of, context_of, id_of, parent_of, trace_of
 
 ONES = np.ones(3, np.float32)
-STAGES = ["receive", "queue", "compute", "send"]
-PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-UNSAMPLED = PARENT[:-1] + "0"
-
-
-class Spans:
-    """What was exported."""
-
-    def __init__(self, exporter: InMemorySpanExporter) -> None:
-        self._exporter = exporter
-
-    def finished(self) -> list[ReadableSpan]:
-        return list(self._exporter.get_finished_spans())
-
-    def of_kind(self, kind: SpanKind) -> list[ReadableSpan]:
-        return [span for span in self.finished() if span.kind is kind]
-
-    def servers(self, count: int) -> list[ReadableSpan]:
-        """Wait for the spans of so many requests on the server; return them in the order in which they began."""
-        eventually(lambda: len(self.of_kind(SpanKind.SERVER)) >= count)
-        found = self.of_kind(SpanKind.SERVER)
-        assert len(found) == count
-        return sorted(found, key=lambda span: span.start_time or 0)
-
-    def children(self, of: ReadableSpan) -> list[ReadableSpan]:
-        found = [span for span in self.finished() if span.parent and span.parent.span_id == id_of(of)]
-        return sorted(found, key=lambda span: (span.start_time or 0, span.end_time or 0))
-
-
-def context_of(span: ReadableSpan) -> SpanContext:
-    context = span.get_span_context()
-    assert context is not None
-    return context
-
-
-def id_of(span: ReadableSpan) -> int:
-    return context_of(span).span_id
-
-
-def trace_of(span: ReadableSpan) -> int:
-    return context_of(span).trace_id
-
-
-def parent_of(span: ReadableSpan) -> int:
-    assert span.parent is not None
-    return span.parent.span_id
-
-
-def attributes_of(span: ReadableSpan) -> dict[str, Any]:
-    return dict(span.attributes or {})
-
-
-@pytest.fixture
-def provider(monkeypatch: pytest.MonkeyPatch) -> TracerProvider:
-    """The OpenTelemetry of this process, for as long as a test runs."""
-    provider = TracerProvider()
-    monkeypatch.setattr(trace, "_TRACER_PROVIDER", provider)
-    return provider
-
-
-@pytest.fixture
-def spans(provider: TracerProvider) -> Spans:
-    exporter = InMemorySpanExporter()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    return Spans(exporter)
-
-
-@pytest.fixture
-def traced(spans: Spans) -> Iterator[RunningServer]:
-    with RunningServer(tracing=True, metrics_port=-1) as server:
-        yield server
 
 
 def test_a_calls_span_has_the_callers_parent_and_stages_that_add_up(traced: RunningServer, spans: Spans) -> None:

@@ -110,6 +110,8 @@ def picture(before: Scrape, after: Scrape, failures: dict[str, str], console: Co
     state.add_row("elements in a batch", short(interval.mean("lossgrad_batch_elements")))
     state.add_row("requests inside", f"{after.total('lossgrad_inflight_requests'):,.0f}")
     state.add_row("of which wait", f"{after.total('lossgrad_queue_requests'):,.0f}")
+    if bulk := after.total("lossgrad_queue_requests", priority="bulk"):
+        state.add_row("of these, as bulk", f"{bulk:,.0f}")
     held, most = after.total("lossgrad_inflight_bytes"), after.total("lossgrad_queue_limit_bytes")
     state.add_row("bytes inside", f"{short(held)}B {share_of(held, most)}")
     used = after.total("lossgrad_device_memory_bytes", kind="used")
@@ -121,8 +123,13 @@ def picture(before: Scrape, after: Scrape, failures: dict[str, str], console: Co
         state.add_row(f"{outcome}/s", f"{rate:,.1f}", style=None if outcome == "ok" else "red")
     if restarts := after.total("lossgrad_worker_restarts_total"):
         state.add_row("worker restarts", f"{restarts:,.0f}", style="red")
-    for reason, rate in interval.rates_by("lossgrad_rejected_total", "reason").items():
-        state.add_row(f"refused, {reason}/s", f"{rate:,.1f}", style="red")
+    for what, metric, label in (
+        ("refused", "lossgrad_rejected_total", "reason"),
+        ("computed once more", "lossgrad_batch_retries_total", "reason"),
+        ("not finite", "lossgrad_nonfinite_results_total", "kind"),
+    ):
+        for value, rate in interval.rates_by(metric, label).items():
+            state.add_row(f"{what}, {value}/s", f"{rate:,.1f}", style="red")
     losses = Table(title="Losses", title_justify="left", box=None, pad_edge=False, show_header=False)
     losses.add_column(style="dim", no_wrap=True)
     losses.add_column(justify="right", no_wrap=True)

@@ -26,10 +26,11 @@ from typing import Final
 from lossgrad_server.batching.admission import Admission, AdmissionLimits
 from lossgrad_server.batching.forming import Batch, BatchLimits, ClosedBy, InOrder, form_batch
 from lossgrad_server.batching.job import BatchFacts, Computed, Job, Outcome
+from lossgrad_server.batching.line import Priority
 from lossgrad_server.batching.outcomes import LATE, failure_of, hand_back
 from lossgrad_server.batching.run import BatchObserver, Run
 from lossgrad_server.batching.schedule import ADMITTED_PART, Schedule
-from lossgrad_server.batching.waiting import WaitingJobs
+from lossgrad_server.batching.waiting import QueueSummary, WaitingJobs
 from lossgrad_server.errors import DeadlinePassed, InternalError, Reason, RequestError, Unavailable
 from lossgrad_server.work import BatchResult, DeviceWorker, WorkFailure
 
@@ -102,18 +103,10 @@ class Batcher:
         """The bytes of tensor data of all jobs inside, their answers included."""
         return self._admission.bytes
 
-    @property
-    def waiting_bytes(self) -> int:
-        """The bytes of tensor data of the jobs that wait. A snapshot for metrics; walks the queue."""
+    def waiting(self, priority: Priority) -> QueueSummary:
+        """Return what waits with a priority. A snapshot for metrics; walks the queue."""
         with self._lock:
-            return self._waiting.byte_count
-
-    @property
-    def oldest_wait_seconds(self) -> float:
-        """How long the job that has waited longest has waited. 0 where none waits."""
-        with self._lock:
-            oldest_ns = self._waiting.oldest_ns
-        return 0.0 if oldest_ns is None else (time.perf_counter_ns() - oldest_ns) * 1e-9
+            return self._waiting.summary(priority)
 
     def start(self) -> None:
         """Start the worker's thread; it warms up first. `wait_until_warm` tells when it is done."""

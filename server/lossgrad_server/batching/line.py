@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from enum import StrEnum
 from typing import Final
 
 from lossgrad_server.batching.job import Job
@@ -24,6 +25,13 @@ REQUEST_WORK: Final = 2000
 def work_of(job: Job) -> int:
     """Return about how much a job is: elements times losses, and what every request costs."""
     return job.plan.work + REQUEST_WORK
+
+
+class Priority(StrEnum):
+    """Whose turn comes first."""
+
+    NORMAL = "normal"  # somebody waits for the answer
+    BULK = "bulk"
 
 
 class FairLine:
@@ -107,6 +115,10 @@ class Line:
         """Give every job."""
         yield from self._prompt
         yield from self._bulk
+
+    def of_priority(self, priority: Priority) -> FairLine:
+        """Return the jobs of one priority."""
+        return self._bulk if priority is Priority.BULK else self._prompt
 
     @property
     def work(self) -> int:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from typing import NamedTuple
+
 from lossgrad_server.batching.forming import Batch, BatchLimits, form_batch, reason_to_drop, take_alone
 from lossgrad_server.batching.job import Job
-from lossgrad_server.batching.line import Line, work_of
+from lossgrad_server.batching.line import Line, Priority, work_of
 from lossgrad_server.batching.schedule import Schedule
 from lossgrad_server.errors import RequestError
+
+
+class QueueSummary(NamedTuple):
+    """What waits: how many jobs, the bytes of their tensors, answers included, and how long the first of them has waited."""
+
+    requests: int
+    bytes: int
+    oldest_seconds: float  # 0 where none waits
 
 
 class WaitingJobs:
@@ -22,15 +33,12 @@ class WaitingJobs:
         """Return how many jobs wait."""
         return len(self._small) + len(self._large)
 
-    @property
-    def byte_count(self) -> int:
-        """The bytes of tensor data of all that wait, their answers included."""
-        return sum(job.byte_count for line in (self._small, self._large) for job in line)
-
-    @property
-    def oldest_ns(self) -> int | None:
-        """When the job that has waited longest was queued, on time.perf_counter_ns's clock; None where none waits."""
-        return min((job.queued_ns for line in (self._small, self._large) for job in line), default=None)
+    def summary(self, priority: Priority) -> QueueSummary:
+        """Return what waits with a priority. Walks it."""
+        now_ns = time.perf_counter_ns()
+        jobs = [job for line in (self._small, self._large) for job in line.of_priority(priority)]
+        oldest_ns = min((job.queued_ns for job in jobs), default=now_ns)
+        return QueueSummary(len(jobs), sum(job.byte_count for job in jobs), (now_ns - oldest_ns) * 1e-9)
 
     def seconds_until_done(self, job: Job, *, is_large: bool) -> float:
         """Return in how many seconds a job that came now would be done."""

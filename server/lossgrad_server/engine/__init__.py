@@ -9,13 +9,28 @@ saves it seconds at its start and a third of its memory.
 from __future__ import annotations
 
 import os
+import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 from lossgrad_server.engine import torch_build
-from lossgrad_server.work import DeviceWorker
+from lossgrad_server.jobs import DataType
+from lossgrad_server.work import Buffer, DeviceWorker
 
-__all__ = ["create_worker", "determinism", "gpu_uuid", "is_gpu", "is_surely_cpu", "memory_bytes", "torch_version"]
+__all__ = [
+    "create_worker",
+    "cuda_version",
+    "determinism",
+    "gpu_uuid",
+    "has_nan",
+    "is_gpu",
+    "is_surely_cpu",
+    "memory_bytes",
+    "model",
+    "own_memory_bytes",
+    "torch_version",
+]
 
 
 def create_worker(device: str, threads: int | None, kind: str = "fused") -> DeviceWorker:
@@ -94,6 +109,38 @@ def memory_bytes(device: str) -> dict[str, int]:
     from lossgrad_server.engine import devices
 
     return devices.memory_bytes(device)
+
+
+def model(device: str) -> str:
+    """Return what a device is: "NVIDIA H200", "AMD EPYC 9654 96-Core Processor"."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_name(torch.device(device))
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0].partition(":")[2].strip() if names else platform.machine()
+
+
+def own_memory_bytes(device: str) -> dict[str, int]:
+    """Return what this process has of a CUDA device's memory, in bytes, by kind: devices.own_memory_bytes says which."""
+    from lossgrad_server.engine import devices
+
+    return devices.own_memory_bytes(device)
+
+
+def cuda_version() -> str:
+    """Return the version of CUDA that the installed torch is built for: "13.0"; empty for a CPU's."""
+    return torch_build.cuda_version()
+
+
+def has_nan(data: Buffer, data_type: DataType) -> bool:
+    """Return whether any of the floating-point elements in these bytes is NaN."""
+    from lossgrad_server.engine import nonfinite
+
+    return nonfinite.has_nan(data, data_type)
 
 
 def torch_version() -> str:

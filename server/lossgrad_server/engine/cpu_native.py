@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import llvmlite.binding
+import numba
 from numba import njit, types
 from numba.core import config
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
+from numba.core.registry import cpu_target
 from numba.core.sigutils import normalize_signature
 
 from lossgrad_server.jobs import DataType, LossKind, Reduction
@@ -37,6 +40,9 @@ inlined: Final = njit(**_NUMERICS, no_cpython_wrapper=True, no_cfunc_wrapper=Tru
 
 # Sources of the CPU engine of which nothing is compiled.
 _NOT_COMPILED: Final = ("cpu_formulas", "cpu_memory", "cpu_pieces", "cpu_program", "cpu_target", "cpu_worker")
+
+# How the names of the cache's files begin.
+_FILES: Final = "cpu_"
 
 _functions: list[tuple[str, Any, Callable[..., Any]]] = []
 _addresses: dict[str, int] = {}
@@ -96,11 +102,20 @@ class _SymbolCache(FunctionCache):
     numba's own key holds what a function closes over, and a closed-over compiled function is another one in every
     process: such functions were compiled anew at every start. A symbol is enough, because the sources' digest stamps
     the cache.
+
+    Every key has files of its own. numba numbers the data files of a function and writes the index that names one
+    before it: a process that starts at that moment, or after one that was killed in it, would take the code that was
+    there before, of other sources or another function, for its own.
     """
 
     def __init__(self, function: Callable[..., Any], symbol: str) -> None:
         super().__init__(function)
         self._symbol = symbol
+        stamp = source_digest()
+        target = cpu_target.target_context.codegen().magic_tuple()
+        key = hashlib.sha256(repr((stamp, target, numba.__version__)).encode()).hexdigest()
+        name = f"{_FILES}{symbol}.py{sys.version_info.major}{sys.version_info.minor}.{key[:16]}"
+        self._cache_file = IndexDataCacheFile(self._cache_path, name, stamp)
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
         return sig, codegen.magic_tuple(), self._symbol
@@ -178,6 +193,6 @@ def _cache_directory() -> Path | None:
     chosen = [Path(config.CACHE_DIR) / "lossgrad"] if config.CACHE_DIR else []
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     for directory in (*chosen, Path(__file__).parent / "__pycache__", user / "lossgrad"):
-        if any(directory.glob("cpu_*.nbi")) or is_writable(directory):
+        if any(directory.glob(f"{_FILES}*.nbi")) or is_writable(directory):
             return directory
     return None

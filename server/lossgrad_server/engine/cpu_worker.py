@@ -31,6 +31,7 @@ from lossgrad_server.work import (
     FailureKind,
     LargeLimits,
     Pending,
+    Retry,
     WorkFailure,
     WorkItem,
     WorkResult,
@@ -68,6 +69,7 @@ class CpuWorker:
             raise ValueError(f"threads is {threads}; it must be at least 1")
         self._threads = threads
         self._piece_work = piece_work
+        self._retries: list[Retry] = []  # of the batch that is being computed
 
     @property
     def device(self) -> str:
@@ -122,6 +124,7 @@ class CpuWorker:
     def run(self, items: Sequence[WorkItem]) -> BatchResult:
         """Compute the items. An item that fails, fails alone, as a WorkFailure."""
         times = [0, 0, 0]
+        self._retries.clear()
         started = perf_counter_ns()
         try:
             programs = [program_of(item.header) for item in items]
@@ -131,7 +134,8 @@ class CpuWorker:
             programs = []
         if programs:
             times[0] = perf_counter_ns() - started
-            return BatchResult(self._run_small(items, programs, times), *times)
+            outcomes = self._run_small(items, programs, times)
+            return BatchResult(outcomes, times[0], times[1], times[2], tuple(self._retries))
         return self._run_mixed(items)
 
     def _run_mixed(self, items: Sequence[WorkItem]) -> BatchResult:
@@ -151,7 +155,8 @@ class CpuWorker:
                 small[index] = program
         computed = self._run_small([items[index] for index in small], list(small.values()), times)
         outcomes.update(zip(small, computed, strict=True))
-        return BatchResult([outcomes[index] for index in range(len(items))], *times)
+        in_order = [outcomes[index] for index in range(len(items))]
+        return BatchResult(in_order, times[0], times[1], times[2], tuple(self._retries))
 
     def begin(self, item: WorkItem) -> Pieces:
         """Prepare to compute one item piece by piece: call `advance` on what this returns until it is done.
@@ -199,6 +204,7 @@ class CpuWorker:
         except Exception as error:
             if len(items) == 1:
                 return [failure(error, programs[0])]
+            self._retries.append(Retry.OUT_OF_MEMORY if isinstance(error, MemoryError) else Retry.ERROR)
             return [self._run_small([item], [program], times)[0] for item, program in zip(items, programs, strict=True)]
         computed = perf_counter_ns()
         outcomes: list[Outcome] = []

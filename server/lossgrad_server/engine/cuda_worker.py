@@ -27,7 +27,16 @@ from lossgrad_server.engine.cuda_template import Template, TooManyBytes
 from lossgrad_server.engine.cuda_warm_up import warm_up_items
 from lossgrad_server.errors import InternalError
 from lossgrad_server.jobs import JobPlan
-from lossgrad_server.work import UNLIMITED, BatchResult, FailureKind, LargeLimits, WorkFailure, WorkItem, WorkResult
+from lossgrad_server.work import (
+    UNLIMITED,
+    BatchResult,
+    FailureKind,
+    LargeLimits,
+    Retry,
+    WorkFailure,
+    WorkItem,
+    WorkResult,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -271,10 +280,12 @@ class CudaWorker:
             self._device.release()
         if len(indices) > 1:
             logger.warning("A batch of %d requests failed; it is split", len(indices), exc_info=error)
+            pending.retries.append(Retry.OUT_OF_MEMORY if is_memory else Retry.ERROR)
             middle = len(indices) // 2
             self._begin(pending, indices[:middle])
             self._begin(pending, indices[middle:])
         elif is_memory and not part.is_retry:
+            pending.retries.append(Retry.OUT_OF_MEMORY)
             self._begin(pending, indices, is_large=part.is_large, is_retry=True)
         elif is_memory:
             template = pending.templates[indices[0]]
@@ -327,6 +338,7 @@ class Pending:
         self.items = items
         self.templates = [worker.template(item) for item in items]
         self.large: list[int] = []  # the large requests that have not begun
+        self.retries: list[Retry] = []
         self.pack_ns = 0
         self.unpack_ns = 0
         self._worker = worker
@@ -352,7 +364,8 @@ class Pending:
         outcomes = [outcome for outcome in self._outcomes if outcome is not None]
         assert len(outcomes) == len(self.items)  # noqa: S101
         elapsed_ns = self._ended_ns - self._started_ns
-        return BatchResult(outcomes, self.pack_ns, max(elapsed_ns - self.pack_ns - self.unpack_ns, 0), self.unpack_ns)
+        compute_ns = max(elapsed_ns - self.pack_ns - self.unpack_ns, 0)
+        return BatchResult(outcomes, self.pack_ns, compute_ns, self.unpack_ns, tuple(self.retries))
 
     def give(self, indices: Sequence[int], outcomes: Sequence[WorkResult | WorkFailure]) -> None:
         """Take in the outcomes of some items. Called by the worker."""

@@ -74,16 +74,18 @@ def memory_bytes(device: str) -> dict[str, int]:
     `allocated` is what tensors take, `reserved` what torch holds for them, `used` what all processes take, `total` all that
     there is; `pinned` is the host's memory that torch holds for copies to and from it.
     """
+    free, total = torch.cuda.mem_get_info(torch.device(device))
+    return {**own_memory_bytes(device), "used": total - free, "total": total}
+
+
+def own_memory_bytes(device: str) -> dict[str, int]:
+    """Return what this process has of a CUDA device's memory, in bytes: `allocated`, `reserved` and `pinned`, as above."""
     which = torch.device(device)
-    free, total = torch.cuda.mem_get_info(which)
-    kinds = {
+    return {
         "allocated": torch.cuda.memory_allocated(which),
         "reserved": torch.cuda.memory_reserved(which),
-        "used": total - free,
-        "total": total,
+        "pinned": int(torch.cuda.host_memory_stats().get("reserved_bytes.current", 0)),
     }
-    pinned = torch.cuda.host_memory_stats().get("reserved_bytes.current")
-    return kinds if pinned is None else {**kinds, "pinned": int(pinned)}
 
 
 def available_bytes(device: torch.device) -> int:

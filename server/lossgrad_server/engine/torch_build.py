@@ -14,9 +14,14 @@ def version() -> str:
     return str(_facts()["__version__"])
 
 
+def cuda_version() -> str:
+    """Return the CUDA that torch is built for: "13.0", "" for none. Raises ModuleNotFoundError where there is no torch."""
+    return str(_facts().get("cuda") or "")
+
+
 def is_for_cuda() -> bool:
     """Whether this torch could use a CUDA device, if there is one. Raises ModuleNotFoundError where there is no torch."""
-    return _facts().get("cuda") is not None
+    return cuda_version() != ""
 
 
 @cache

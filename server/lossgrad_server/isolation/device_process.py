@@ -11,18 +11,31 @@ import ctypes
 import faulthandler
 import gc
 import logging
+import math
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 from lossgrad_server.isolation import channel as channels
 from lossgrad_server.isolation import records
 from lossgrad_server.isolation.memory import SharedMemory
-from lossgrad_server.isolation.records import ANSWER, ITEM, PLAN, BatchDone, BlockLayout, Facts, Kind, Run
+from lossgrad_server.isolation.records import (
+    ANSWER,
+    ITEM,
+    PLAN,
+    BatchDone,
+    BlockLayout,
+    DeviceMemory,
+    Facts,
+    Kind,
+    Run,
+)
 from lossgrad_server.work import (
     UNLIMITED,
     BatchResult,
@@ -30,6 +43,7 @@ from lossgrad_server.work import (
     DeviceWorker,
     LargeLimits,
     Pending,
+    Retry,
     WorkFailure,
     WorkItem,
     WorkResult,
@@ -40,8 +54,17 @@ logger = logging.getLogger(__name__)
 # Outputs from this size on are computed where the server reads them; smaller ones are copied there, from a batch's own
 # memory, because the engine computes them together.
 _IN_PLACE_BYTES: Final = 64 * 1024
+_MEMORY_SECONDS: Final = 1.0  # how often it is asked for: asking takes 0.1 ms
 _PR_SET_PDEATHSIG: Final = 1
 _OOM_SCORE: Final = "500"  # of 1000; what is higher is killed first
+
+
+class Description(NamedTuple):
+    """What a worker's results depend on, its GPU's UUID, empty for a CPU, and its device's model."""
+
+    determinism: str
+    gpu_uuid: str
+    model: str
 
 
 def die_with_parent(parent: int) -> None:
@@ -52,22 +75,25 @@ def die_with_parent(parent: int) -> None:
 
 
 def run(
-    channel: socket.socket, create_worker: Callable[[], DeviceWorker], describe: Callable[[DeviceWorker], Any]
+    channel: socket.socket,
+    create_worker: Callable[[], DeviceWorker],
+    describe: Callable[[DeviceWorker], Description],
+    own_memory: Callable[[DeviceWorker], Mapping[str, int]],
 ) -> int:
-    """Serve the channel to its end; return the process's exit status. `describe` gives determinism and the GPU's UUID."""
+    """Serve the channel to its end; return the process's exit status. `own_memory` gives the fields of DeviceMemory."""
     faulthandler.enable()
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
     try:
         worker = create_worker()
-        determinism, gpu_uuid = describe(worker)
+        description = describe(worker)
     except ValueError as error:
         channel.send(records.pack_text(Kind.REFUSED, str(error)))
         return 0
     limits = getattr(worker, "large_limits", LargeLimits(UNLIMITED, UNLIMITED))
     try:
-        channel.send(Facts(worker.device, determinism, gpu_uuid or "", worker.slots, worker.inline_work, limits).pack())
-        return _DeviceProcess(channel, worker).serve()
+        channel.send(Facts(worker.device, *description, worker.slots, worker.inline_work, limits).pack())
+        return _DeviceProcess(channel, worker, partial(own_memory, worker)).serve()
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the server has gone
 
@@ -85,7 +111,9 @@ class _UnderWay:
 
 
 class _DeviceProcess:
-    def __init__(self, channel: socket.socket, worker: DeviceWorker) -> None:
+    def __init__(
+        self, channel: socket.socket, worker: DeviceWorker, own_memory: Callable[[], Mapping[str, int]]
+    ) -> None:
         self._channel = channel
         self._worker = worker
         self._slots: dict[int, SharedMemory] = {}
@@ -93,6 +121,8 @@ class _DeviceProcess:
         self._under_way: list[_UnderWay] = []
         self._waiting: list[Run] = []
         self._is_closing = False
+        self._own_memory = own_memory
+        self._looked_at = -math.inf  # when it was last asked for
 
     def serve(self) -> int:
         """Compute until there is no more."""
@@ -192,8 +222,20 @@ class _DeviceProcess:
             result.pack_ns,
             result.compute_ns,
             result.unpack_ns,
+            result.retries.count(Retry.OUT_OF_MEMORY),
+            result.retries.count(Retry.ERROR),
+            self._memory(),
         )
         self._channel.send(done.pack())
+
+    def _memory(self) -> DeviceMemory | None:
+        """Return how much memory the worker has; None where that is not known, or was told a moment ago."""
+        now = time.monotonic()
+        if now - self._looked_at < _MEMORY_SECONDS or self._worker.is_lost:
+            return None
+        self._looked_at = now
+        found = self._own_memory()
+        return DeviceMemory(**found) if found else None
 
     def _answer(self, batch: _UnderWay, result: BatchResult) -> None:
         """Write the outcomes to where the server looks for them."""

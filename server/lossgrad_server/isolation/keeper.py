@@ -249,21 +249,19 @@ class Keeper:
     # ---- The keeper's thread ----
 
     def _keep(self) -> None:
-        while True:
-            link = self._link
-            if link is None or not self._wait_for_end(link):
-                return
+        link: Link | None = self._first
+        # Not what `_link` is by now: a process may be given up before this thread comes to look at it.
+        while link is not None and self._wait_for_end(link):
             self.lose(link)
             loss = self._loss_of(link)
             began = time.monotonic()
             logger.error("The device's process %d is lost (%s); starting another", link.process_id, loss)
             if self._observer is not None:
                 self._observer.worker_lost(loss)
-            if not self._replace(began):
-                return
+            link = self._replace(began)
 
-    def _replace(self, began: float) -> bool:
-        """Start processes until one is there; return whether one is."""
+    def _replace(self, began: float) -> Link | None:
+        """Start processes until one is there; return it, or None where there will be none."""
         delay = _FIRST_DELAY_SECONDS
         has_told = False
         while not self._is_closing:
@@ -286,7 +284,7 @@ class Keeper:
                 self.changed.notify_all()
             if self._observer is not None:
                 self._observer.worker_replaced(seconds)
-            return True
+            return link
         with self.changed:
             self.is_lost = not self._is_closing
             self.changed.notify_all()
@@ -294,7 +292,7 @@ class Keeper:
             logger.critical("No process for the device can be had; giving up after %.0f s", GIVE_UP_SECONDS)
             if self._observer is not None:
                 self._observer.worker_given_up()
-        return False
+        return None
 
     def _start(self) -> Link:
         if self._nursery is None:

@@ -19,7 +19,7 @@ from lossgrad_server.isolation import channel as channels
 from lossgrad_server.isolation import records
 from lossgrad_server.isolation.loss import Loss
 from lossgrad_server.isolation.memory import SharedMemory, sealed_file
-from lossgrad_server.isolation.records import ANSWER, ITEM, PLAN, BatchDone, BlockLayout, Facts, Kind, Run
+from lossgrad_server.isolation.records import ANSWER, ITEM, PLAN, BatchDone, BlockLayout, DeviceMemory, Facts, Kind, Run
 from lossgrad_server.work import Buffer, FailureKind, WorkFailure, WorkItem, WorkResult
 
 # A slot has at least this much, and what it needed of the largest batch of late.
@@ -72,6 +72,7 @@ class Link:
         self.process_id = process_id
         self.loss: Loss | None = None  # why the server ended it
         self.slot_count = 0
+        self.memory: DeviceMemory | None = None  # as the process last said
         self._free: list[_Slot] = []  # under the lock, because the keeper trims them
         self._lock = threading.Lock()
         self._under_way: dict[int, Batch] = {}
@@ -138,6 +139,7 @@ class Link:
             if batch is None or batch.slot.number != done.slot:
                 raise ProcessLost("it answers what it was not asked")
             batch.done = done
+            self.memory = done.memory or self.memory
             self._progress_at = time.monotonic()
             has_any, timeout_seconds = True, 0.0
 

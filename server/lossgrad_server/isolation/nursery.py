@@ -18,13 +18,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NoReturn
 
 from lossgrad_api.allocator import keep_large_blocks
 from lossgrad_server import logs
 from lossgrad_server.isolation import channel as channels
 from lossgrad_server.isolation import device_process, records
+from lossgrad_server.isolation.device_process import Description
 from lossgrad_server.isolation.records import Kind
 from lossgrad_server.work import DeviceWorker
 
@@ -122,11 +123,18 @@ def create_worker(options: argparse.Namespace) -> DeviceWorker:
     return engine.create_worker(options.device, options.threads or None, options.engine)
 
 
-def describe(worker: DeviceWorker) -> tuple[str, str | None]:
-    """Return what a worker's results depend on, and its GPU's UUID."""
+def describe(worker: DeviceWorker) -> Description:
+    """Return what the server wants to know of a worker. Called in a device process."""
     from lossgrad_server import engine
 
-    return engine.determinism(worker), engine.gpu_uuid(worker.device)
+    return Description(engine.determinism(worker), engine.gpu_uuid(worker.device) or "", engine.model(worker.device))
+
+
+def own_memory(worker: DeviceWorker) -> Mapping[str, int]:
+    """Return how much memory a worker has, by kind; nothing for a CPU. Called in a device process."""
+    from lossgrad_server import engine
+
+    return {} if worker.device == "cpu" else engine.own_memory_bytes(worker.device)
 
 
 def preload(options: argparse.Namespace) -> None:
@@ -148,9 +156,10 @@ def preload(options: argparse.Namespace) -> None:
 def main(
     arguments: Sequence[str] | None = None,
     create: Callable[[argparse.Namespace], DeviceWorker] = create_worker,
-    tell: Callable[[DeviceWorker], tuple[str, str | None]] = describe,
+    tell: Callable[[DeviceWorker], Description] = describe,
+    tell_memory: Callable[[DeviceWorker], Mapping[str, int]] = own_memory,
 ) -> int:
-    """Serve the channel whose descriptor is given. `create` makes a process's worker, `tell` says what `describe` does."""
+    """Serve the channel whose descriptor is given. `create` makes a process's worker, the others say what ours do."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(description=__doc__)
@@ -168,7 +177,7 @@ def main(
     gc.disable()  # a collection would copy pages that are shared with the processes
     gc.freeze()
     channel = socket.socket(fileno=options.channel)
-    Nursery(channel, lambda own: device_process.run(own, lambda: create(options), tell)).serve()
+    Nursery(channel, lambda own: device_process.run(own, lambda: create(options), tell, tell_memory)).serve()
     return 0
 
 

@@ -56,13 +56,14 @@ _KIND: Final = struct.Struct("<B7x")
 _FORKED: Final = struct.Struct("<B3xi")  # kind, process id
 _ENDED: Final = struct.Struct("<B3xii4x")  # kind, process id, status as os.waitpid gives it
 _TEXT: Final = struct.Struct(f"<BxH4x{MAX_MESSAGE_BYTES}s")  # kind, length, text
-# kind, slots, inline work, large work, large bytes; lengths of device, determinism, GPU's UUID; all three
-_FACTS: Final = struct.Struct("<BxHxxxxqqqHHHxx64s384s64s")
+# kind, slots, inline work, large work, large bytes; lengths of device, determinism, GPU's UUID, device's model; all four
+_FACTS: Final = struct.Struct("<BxHxxxxqqqHHHH64s384s64s128s")
 _MAP: Final = struct.Struct("<BxHxxxxq")  # kind, slot, byte count
 # kind, whether to forget all plans, slot, number of the batch, items, plans
 _RUN: Final = struct.Struct("<B?HIII")
-# kind, whether the device is lost, slot, number of the batch, nanoseconds of packing, computing, unpacking
-_DONE: Final = struct.Struct("<B?HIqqq")
+# kind, whether the device is lost, slot, number of the batch, nanoseconds of packing, computing, unpacking; how often a part
+# of it was computed once more, out of memory and for other errors; bytes of memory, as in DeviceMemory
+_DONE: Final = struct.Struct("<B?HIqqqIIqqq")
 
 ITEM: Final = struct.Struct("<I4xq")  # number of its plan, offset of its block
 PLAN: Final = struct.Struct("<IIq")  # its number, the length of its header, where that lies
@@ -85,13 +86,17 @@ class Facts(NamedTuple):
     device: str
     determinism: str
     gpu_uuid: str  # empty for a CPU
+    model: str  # of the device: "NVIDIA H200"
     slots: int
     inline_work: int
     large: LargeLimits
 
     def pack(self) -> bytes:
         """Return the packet."""
-        texts = [self.device.encode()[:64], self.determinism.encode()[:384], self.gpu_uuid.encode()[:64]]
+        texts = [
+            text.encode()[:most]
+            for text, most in ((self.device, 64), (self.determinism, 384), (self.gpu_uuid, 64), (self.model, 128))
+        ]
         return _FACTS.pack(
             Kind.FACTS,
             self.slots,
@@ -106,8 +111,10 @@ class Facts(NamedTuple):
     def unpack(cls, packet: bytes) -> Facts:
         """Read the packet."""
         _, slots, inline_work, work, byte_count, *rest = _FACTS.unpack(packet)
-        device, determinism, uuid = (text[:length].decode() for length, text in zip(rest[:3], rest[3:], strict=True))
-        return cls(device, determinism, uuid, slots, inline_work, LargeLimits(work, byte_count))
+        device, determinism, uuid, model = (
+            text[:length].decode(errors="replace") for length, text in zip(rest[:4], rest[4:], strict=True)
+        )
+        return cls(device, determinism, uuid, model, slots, inline_work, LargeLimits(work, byte_count))
 
 
 def pack_text(kind: Kind, text: str) -> bytes:
@@ -174,6 +181,17 @@ class Run(NamedTuple):
         return cls(*_RUN.unpack(packet)[1:])
 
 
+class DeviceMemory(NamedTuple):
+    """What the process has of a GPU's memory, and of the host's for it, in bytes: devices.own_memory_bytes says what."""
+
+    allocated: int
+    reserved: int
+    pinned: int
+
+
+_NO_MEMORY: Final = DeviceMemory(-1, -1, -1)
+
+
 class BatchDone(NamedTuple):
     """A batch's answers are in its slot."""
 
@@ -183,15 +201,20 @@ class BatchDone(NamedTuple):
     pack_ns: int
     compute_ns: int
     unpack_ns: int
+    memory_retries: int = 0
+    error_retries: int = 0
+    memory: DeviceMemory | None = None  # where it was looked at since the last batch
 
     def pack(self) -> bytes:
         """Return the packet."""
-        return _DONE.pack(Kind.DONE, *self)
+        return _DONE.pack(Kind.DONE, *self[:-1], *(self.memory or _NO_MEMORY))
 
     @classmethod
     def unpack(cls, packet: bytes) -> BatchDone:
         """Read the packet."""
-        return cls(*_DONE.unpack(packet)[1:])
+        numbers = _DONE.unpack(packet)
+        done, memory = cls(*numbers[1:-3]), DeviceMemory(*numbers[-3:])
+        return done if memory == _NO_MEMORY else done._replace(memory=memory)
 
 
 def aligned(offset: int) -> int:

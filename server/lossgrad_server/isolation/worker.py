@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter_ns
 from typing import Final
 
@@ -26,7 +26,7 @@ from lossgrad_server.isolation.link import Batch, Link, ProcessLost
 from lossgrad_server.isolation.loss import Loss
 from lossgrad_server.isolation.records import BlockLayout, Facts, layout_of
 from lossgrad_server.jobs import JobPlan
-from lossgrad_server.work import BatchResult, FailureKind, WorkFailure, WorkItem, WorkResult
+from lossgrad_server.work import BatchResult, FailureKind, Retry, WorkFailure, WorkItem, WorkResult
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,12 @@ class IsolatedWorker:
         keeper = self.keeper
         return min(max(keeper.restart_seconds, _LEAST_RETRY_SECONDS, 4 * keeper.seconds_without), _MOST_RETRY_SECONDS)
 
+    @property
+    def memory(self) -> Mapping[str, int]:
+        """The device's memory that the process has, in bytes by kind, as it last said; nothing where it has not."""
+        link = self.keeper.link
+        return {} if link is None or link.memory is None else link.memory._asdict()
+
     def is_large(self, plan: JobPlan) -> bool:
         """Return whether a request is computed in pieces."""
         return self.keeper.facts.large.is_above(plan)
@@ -163,14 +169,16 @@ class IsolatedWorker:
                 return False
         return True
 
-    def compute_again(self, item: WorkItem) -> Outcome:
-        """Compute an item, with which a process was lost, alone."""
+    def compute_again(self, item: WorkItem, retries: list[Retry]) -> Outcome:
+        """Compute an item, with which a process was lost, alone; say so in `retries`."""
         layout = _checked_layout(item)
         for _ in range(_MOST_DEATHS - 1):
             if self.keeper.wait_for_link(_REPLACEMENT_SECONDS) is None:
                 return self._unavailable()
+            retries.append(Retry.WORKER_LOST)
             run = self._begin([item], [layout])
             self.wait(run, math.inf)
+            retries += run.retries
             (outcome,) = run.outcomes
             if outcome is not None:
                 return outcome
@@ -223,6 +231,7 @@ class IsolatedWorker:
             run.end(outcomes)
             run.pack_ns = run.batch.pack_ns + done.pack_ns
             run.compute_ns = done.compute_ns
+            run.retries = [Retry.OUT_OF_MEMORY] * done.memory_retries + [Retry.ERROR] * done.error_retries
             run.unpack_ns = done.unpack_ns + perf_counter_ns() - started
         if is_lost:
             logger.error("Device %s has failed; ending its process", self.device)
@@ -239,7 +248,7 @@ class IsolatedWorker:
 class _Run:
     """Items that were given to a process together. Over when there is an outcome, or none to come, for each."""
 
-    __slots__ = ("batch", "compute_ns", "is_over", "items", "link", "outcomes", "pack_ns", "unpack_ns")
+    __slots__ = ("batch", "compute_ns", "is_over", "items", "link", "outcomes", "pack_ns", "retries", "unpack_ns")
 
     batch: Batch
     link: Link
@@ -249,6 +258,7 @@ class _Run:
         self.outcomes: list[Outcome | None] = [None] * len(items)
         self.is_over = False
         self.pack_ns = self.compute_ns = self.unpack_ns = 0
+        self.retries: list[Retry] = []
 
     def end(self, outcomes: Sequence[Outcome | None]) -> None:
         self.outcomes[:] = outcomes
@@ -280,13 +290,15 @@ class Pending:
         """Wait for the process, and for the next one where it is lost, and return what became of the items."""
         run = self._run
         pack_ns = compute_ns = unpack_ns = 0
+        retries: list[Retry] = []
         if run is not None:
             self._worker.wait(run, math.inf)
+            retries += run.retries
             for index, item, outcome in zip(self._sent, run.items, run.outcomes, strict=True):
-                self._outcomes[index] = self._worker.compute_again(item) if outcome is None else outcome
+                self._outcomes[index] = self._worker.compute_again(item, retries) if outcome is None else outcome
             pack_ns, compute_ns, unpack_ns = run.pack_ns, run.compute_ns, run.unpack_ns
         outcomes = [outcome for outcome in self._outcomes if outcome is not None]
-        return BatchResult(outcomes, pack_ns, compute_ns, unpack_ns)
+        return BatchResult(outcomes, pack_ns, compute_ns, unpack_ns, tuple(retries))
 
 
 def _checked_layout(item: WorkItem) -> BlockLayout:

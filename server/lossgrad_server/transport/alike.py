@@ -11,12 +11,10 @@ if TYPE_CHECKING:
     from lossgrad_server.transport.pipeline import PendingRequest
 
 
-def count_alike(
-    metrics: Metrics, request: PendingRequest, computed: Computed, now_ns: int, times: int, nonfinite: int
-) -> None:
+def count_alike(metrics: Metrics, request: PendingRequest, computed: Computed, now_ns: int, times: int) -> None:
     """Count so many requests, all as this one, as answered now; and where the time went: the stages add up to it.
 
-    `nonfinite` of them have a NaN or an infinity among their elements' losses. The batch has counted its own stages.
+    The batch has counted its own stages.
     """
     batch = computed.batch
     picked_ns = request.queued_ns + computed.queue_ns
@@ -28,4 +26,4 @@ def count_alike(
     metrics.stage("encode", now_ns - done_ns, times)
     seconds = (now_ns - request.started_ns) * 1e-9
     plan = request.plan
-    metrics.of_request(plan, request.api).done(seconds, plan.element_count, times, nonfinite)
+    metrics.of_request(plan, request.api).done(seconds, plan.element_count, times)

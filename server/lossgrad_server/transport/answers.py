@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Final
 
@@ -20,9 +22,13 @@ from lossgrad_api.codec import (
 from lossgrad_api.raw_bytes import IS_SUPPORTED
 from lossgrad_api.v1 import loss_service_pb2 as pb
 from lossgrad_server.batching.job import Computed
-from lossgrad_server.jobs import Role, unpack_header
+from lossgrad_server.jobs import DataType, JobPlan, Role, unpack_header
+from lossgrad_server.metrics import NonFinite
 from lossgrad_server.transport.answer_memory import AnswerMemory
 from lossgrad_server.work import SPEC_RESULT, WorkResult, unpack_totals
+
+# Whether any of the floating-point elements in these bytes is NaN.
+HasNan = Callable[[Buffer, DataType], bool]
 
 _NONE: Final = bytes(8)
 _ONE_SPEC: Final = SPEC_RESULT.size
@@ -125,6 +131,18 @@ def _fields_with_totals(header: bytes, result: WorkResult) -> list[Buffer]:
 def stats_bytes(computed: Computed, device: str) -> bytes:
     """Return the response's ComputeStats; equal for all jobs of a batch that waited equally long."""
     return encode_stats(StatsView(computed.queue_ns, *computed.batch[:5], device))
+
+
+def nonfinite_kind(plan: JobPlan, result: WorkResult, has_nan: HasNan) -> NonFinite:
+    """Return what a result holds that has a NaN or an infinity among its elements' losses: NaN, if there is one."""
+    losses = {output.spec_index: index for index, output in enumerate(plan.outputs) if output.role is Role.LOSS}
+    for index, (scalar, _, _, nonfinite_count) in enumerate(SPEC_RESULT.iter_unpack(result.scalars)):
+        if not nonfinite_count:
+            continue
+        output = losses.get(index)
+        if math.isnan(scalar) if output is None else has_nan(result.outputs[output], plan.result_type):
+            return NonFinite.NAN
+    return NonFinite.INFINITE
 
 
 def has_nonfinite(computed: Computed) -> bool:

@@ -288,7 +288,7 @@ def _stream(method: Method, metrics: Metrics, limits: _Limits) -> Any:
             raise
         except StalledPeer:
             # A status would have to wait behind the message that nobody reads. A cancelled call is reset.
-            code = "CANCELLED"
+            code = "DEADLINE_EXCEEDED" if is_late(call.deadline) else "CANCELLED"
             raise asyncio.CancelledError from None
         except Exception as exception:
             error = as_request_error(exception, method.name)

@@ -10,23 +10,24 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from lossgrad_api.codec import Buffer
 from lossgrad_api.raw_bytes import join_without_gil
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.job import BatchFacts, Computed, Job, Outcome
-from lossgrad_server.errors import InternalError, Reason, RequestError, Unavailable
+from lossgrad_server.errors import Code, InternalError, Reason, RequestError, Unavailable
 from lossgrad_server.jobs import JobPlan
 from lossgrad_server.metrics import Metrics
 from lossgrad_server.transport.alike import count_alike
 from lossgrad_server.transport.answer_memory import AnswerMemory
 from lossgrad_server.transport.answers import (
+    HasNan,
     answer_memory,
     has_nonfinite,
+    nonfinite_kind,
     response_head,
     response_parts,
     stats_bytes,
@@ -34,8 +35,8 @@ from lossgrad_server.transport.answers import (
 from lossgrad_server.transport.call import is_late
 from lossgrad_server.transport.checks import RequestChecker
 from lossgrad_server.transport.origin import CallOrigin
-from lossgrad_server.transport.shared_tensors import SharedMemoryParts, copy, misplaced
-from lossgrad_server.transport.status import new_request_id
+from lossgrad_server.transport.shared_tensors import Placing, SharedMemoryParts, copy, misplaced
+from lossgrad_server.transport.status import log_internal, new_request_id
 from lossgrad_server.transport.transfers import Unsent
 from lossgrad_server.work import WorkItem
 
@@ -51,14 +52,6 @@ JOIN_IN_THREAD_BYTES: Final = 256 * 1024
 IN_PLACE_BYTES: Final = 64 * 1024
 
 Answer = Sequence[Buffer] | RequestError
-
-
-class Placing(NamedTuple):
-    """How many bytes are to be copied, and what copies them, which may raise RequestError; where, if not in any thread."""
-
-    byte_count: int
-    place: Callable[[], None]
-    executor: Executor | None = None
 
 
 class PendingRequest(Job):
@@ -112,7 +105,7 @@ class PendingRequest(Job):
         """Return what copies outputs to where they are wanted, before there is an answer; None where nothing does."""
         return None
 
-    def _failed(self) -> None:
+    def _failed(self, error: RequestError) -> None:
         """Take note that the answer is an error."""
 
     def done(self, outcome: Outcome) -> None:
@@ -139,6 +132,7 @@ class PendingRequest(Job):
         begun_ns = 0 if tracer is None else time.perf_counter_ns()
         if not isinstance(outcome, RequestError):
             try:
+                self._pipeline.look(self, outcome)
                 answer = self._encode(outcome)
                 self._pipeline.count(self, outcome)
             except RequestError as error:
@@ -150,13 +144,11 @@ class PendingRequest(Job):
         if isinstance(outcome, RequestError):
             outcome.request_id = outcome.request_id or self.own_id or new_request_id()
             self._pipeline.metrics.failed(self.plan, self.api, outcome)
-            self._failed()
+            self._failed(outcome)
             answer = outcome
         self._span = None if tracer is None else self._traced(tracer, outcome, begun_ns)
-        if isinstance(outcome, InternalError):
-            trace_id = {} if self._span is None else {"trace_id": self._span.trace_id}
-            request_id = outcome.request_id
-            logger.error("Request %s was answered INTERNAL", request_id, extra={"request_id": request_id, **trace_id})
+        if isinstance(outcome, RequestError) and outcome.code is Code.INTERNAL:
+            log_internal(outcome, self.origin.caller, None if self._span is None else self._span.trace_id)
         self._on_answer(self, answer)
         if tracer is not None and (answer is outcome or not self._is_sent_later):
             self.sent()
@@ -246,11 +238,14 @@ class RequestPipeline:
         memory: SharedMemoryParts | None = None,
         unsent: Unsent | None = None,
         tracer: Tracer | None = None,
+        *,
+        has_nan: HasNan,
     ) -> None:
         """`memory` is what the server shares with its callers, if it shares any; `unsent` counts what they do not read.
 
-        `tracer` makes the requests' spans, if any are wanted.
+        `tracer` makes the requests' spans, if any are wanted. `has_nan` is the engine's.
         """
+        self._has_nan = has_nan
         self.tracer = tracer
         self.batcher = batcher
         self.metrics = metrics
@@ -353,6 +348,12 @@ class RequestPipeline:
             self._stats = computed.batch, computed.queue_ns, stats
         return stats
 
+    def look(self, request: PendingRequest, computed: Computed) -> None:
+        """Count a request whose losses are not all finite. Before it is answered: its outputs may go with the answer."""
+        if has_nonfinite(computed):
+            kind = nonfinite_kind(request.plan, computed.result, self._has_nan)
+            self.metrics.of_request(request.plan, request.api).nonfinite(kind)
+
     def count(self, request: PendingRequest, computed: Computed) -> None:
         """Count a request that is answered with numbers; those of one message that come one after another, together."""
         self._answered.append((request, computed))
@@ -376,19 +377,17 @@ class RequestPipeline:
         # All of a message's requests with one plan that were in one batch are alike: one look at each, and no more.
         first: tuple[PendingRequest, Computed] | None = None
         plan = batch = None
-        started_ns = times = nonfinite = 0
+        started_ns = times = 0
         for one in answered:
             request, computed = one
             if request.plan is not plan or computed.batch is not batch or request._started_ns != started_ns:
                 if first is not None:
-                    count_alike(self.metrics, *first, now_ns, times, nonfinite)
+                    count_alike(self.metrics, *first, now_ns, times)
                 first, plan, batch, started_ns = one, request.plan, computed.batch, request.started_ns
-                times = nonfinite = 0
+                times = 0
             times += 1
-            if has_nonfinite(computed):
-                nonfinite += 1
         if first is not None:
-            count_alike(self.metrics, *first, now_ns, times, nonfinite)
+            count_alike(self.metrics, *first, now_ns, times)
 
 
 def _going_down() -> Unavailable:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from lossgrad_server.errors import RequestError
+
+logger = logging.getLogger(__name__)
 
 DOMAIN = "lossgrad"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"  # gRFC A6: how long a client's retries wait; gRPC's own clients honour it
@@ -53,3 +56,11 @@ def _pack(
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed
+
+
+def log_internal(error: RequestError, caller: str, trace_id: str | None) -> None:
+    """Log that a request failed through the server's fault, so that it is found by its id, and whoever sent it."""
+    fields = {"request_id": error.request_id, "reason": str(error.reason), "caller": caller}
+    if trace_id is not None:
+        fields["trace_id"] = trace_id
+    logger.error("Request %s of %s was answered INTERNAL, %s", error.request_id, caller, error.reason, extra=fields)

@@ -6,13 +6,14 @@ import ast
 import os
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numba.core import config
+from numba.core.caching import IndexDataCacheFile
 
 from lossgrad_server.engine import cpu_native, cpu_worker
 from lossgrad_server.engine.cpu_kernel import load_kernel
@@ -21,7 +22,7 @@ from lossgrad_server.engine.cpu_memory import Arena
 from lossgrad_server.engine.cpu_program import program_of
 from lossgrad_server.engine.cpu_worker import CpuWorker, determinism
 from lossgrad_server.jobs import DataType, JobPlan, LossKind, Reduction, TensorPlan
-from lossgrad_server.work import FailureKind, WorkFailure, WorkItem, WorkResult
+from lossgrad_server.work import FailureKind, Retry, WorkFailure, WorkItem, WorkResult
 from tests.server.engine.building import FLOATS, Job, job, result_bytes, run, spec
 
 
@@ -132,7 +133,11 @@ def test_a_batch_whose_answers_find_no_memory_is_computed_one_by_one(
 
     monkeypatch.setattr(cpu_worker, "output_memory", scarce)
     small, large = job(spec(), [3.0], [0.0]), job(spec(), [3.0] * 300, [0.0] * 300)
-    outcomes = worker.run([small.item, large.item, small.item]).outcomes
+    result = worker.run([small.item, large.item, small.item])
+    outcomes = result.outcomes
+    assert result.retries == (Retry.OUT_OF_MEMORY,)
+    assert worker.run([small.item]).retries == ()
+    del sizes[-1]
     assert [isinstance(outcome, WorkResult) for outcome in outcomes] == [True, False, True]
     assert isinstance(outcomes[1], WorkFailure)
     assert outcomes[1].kind == FailureKind.OUT_OF_MEMORY
@@ -315,6 +320,33 @@ class TestCache:
             monkeypatch.setattr(cpu_native, "source_digest", lambda digest=digest: digest)
             hits.append(cpu_native._compile("lossgrad_double", "int64(int64)", _double).cache_hits)
         assert hits == [0, 1, 0]
+
+    @pytest.mark.parametrize("of_a_kind", ["one function of other sources", "two functions of one name"])
+    def test_never_takes_code_for_another_s_where_a_process_ended_between_index_and_code(
+        self, of_a_kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(config, "CACHE_LOCATOR_CLASSES", f"{cpu_native.__name__}.CacheDirectory")
+        symbols = ("lossgrad_made", "lossgrad_made" if "sources" in of_a_kind else "lossgrad_made_too")
+        compiled = cpu_native._compile(symbols[0], "int64(int64)", _times(2))
+        assert compiled.ctypes(21) == 42
+        if "sources" in of_a_kind:
+            monkeypatch.setattr(cpu_native, "source_digest", lambda: "another")
+        else:
+            (index,) = (tmp_path / "lossgrad").glob("*.nbi")
+            index.unlink()  # as a process saw it that looked before the first wrote it
+        with monkeypatch.context() as killed:
+            killed.setattr(IndexDataCacheFile, "_save_data", lambda *_: None)
+            cpu_native._compile(symbols[1], "int64(int64)", _times(3))
+        entry = cpu_native._compile(symbols[1], "int64(int64)", _times(3))
+        assert entry.ctypes(21) == 63
+
+
+def _times(factor: int) -> Callable[[int], int]:
+    def times(value: int) -> int:
+        return factor * value
+
+    return times
 
 
 def _double(value: int) -> int:

@@ -17,7 +17,7 @@ from lossgrad_server.engine.cuda_device import Lane, Marker
 from lossgrad_server.engine.cuda_layout import Layout
 from lossgrad_server.engine.cuda_worker import CudaWorker, is_device_lost, is_out_of_memory
 from lossgrad_server.jobs import DataType, LossKind
-from lossgrad_server.work import FailureKind, WorkFailure, WorkItem, WorkResult
+from lossgrad_server.work import FailureKind, Retry, WorkFailure, WorkItem, WorkResult
 from tests.server.engine.building import Job, check, job, result_bytes, run, spec
 from tests.server.engine.cuda_building import KIB, make_worker, outcome_bytes
 
@@ -70,7 +70,10 @@ def test_a_failing_item_fails_alone(
     device = SimulatedDevice()
     worker = make_worker(device, alone_kib=alone_kib)
     with caplog.at_level(logging.WARNING):
-        outcomes = worker.run(items).outcomes
+        result = worker.run(items)
+    outcomes = result.outcomes
+    assert set(result.retries) <= {Retry.OUT_OF_MEMORY if is_out_of_memory(error) else Retry.ERROR}
+    assert result.retries or alone_kib == 0  # what comes alone fails at once, or is tried again
     failed = outcomes.pop(position)
     assert [outcome_bytes(outcome) for outcome in outcomes] == [expected] * 6
     assert isinstance(failed, WorkFailure)
@@ -101,8 +104,10 @@ def test_a_request_that_fits_once_memory_is_given_back_is_computed() -> None:
 
     device = Hoarding()
     worker = make_worker(device, slot_kib=64)
-    check(worker, job(spec(LossKind.L1), np.ones(30_000), np.zeros(30_000)))
+    one = job(spec(LossKind.L1), np.ones(30_000), np.zeros(30_000))
+    assert worker.run([one.item]).retries == (Retry.OUT_OF_MEMORY,)
     assert device.released_count == 1
+    check(worker, one)
 
 
 def test_a_request_larger_than_the_device_fails_alone_with_both_numbers() -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
+import itertools
 import os
 import sys
 import time
@@ -15,13 +17,14 @@ from collections.abc import Sequence
 from lossgrad_server.engine.cpu_worker import CpuWorker
 from lossgrad_server.isolation import nursery
 from lossgrad_server.jobs import unpack_header
-from lossgrad_server.work import BatchResult, Done, FailureKind, Pending, WorkFailure, WorkItem
+from lossgrad_server.work import BatchResult, DeviceWorker, Done, FailureKind, Pending, Retry, WorkFailure, WorkItem
 
 EXITS_AT = 10_013
 FAULTS_AT = 10_017
 HANGS_AT = 10_019
 LOSES_DEVICE_AT = 10_023
 IS_SLOW_AT = 10_029
+IS_SPLIT_AT = 10_037
 SLOW_SECONDS = 0.2
 PROGRAM = ("-m", "tests.server.isolation.failing_nursery")
 
@@ -49,6 +52,9 @@ class FailingWorker(CpuWorker):
         if self._has_lost:
             failed = WorkFailure(FailureKind.DEVICE_LOST, "the device cpu failed while it held this request")
             return Done(BatchResult([failed] * len(items), 0, 0, 0))
+        if IS_SPLIT_AT in counts:
+            retries = (Retry.OUT_OF_MEMORY, Retry.ERROR, Retry.OUT_OF_MEMORY)
+            return Done(dataclasses.replace(self.run(items), retries=retries))
         return super().submit(items)
 
 
@@ -56,5 +62,13 @@ def create(options: argparse.Namespace) -> FailingWorker:
     return FailingWorker(options.threads or 1)
 
 
+def memory(worker: DeviceWorker) -> dict[str, int]:
+    """Return what a GPU's worker would tell; more at each time."""
+    told = next(_TOLD)
+    return {"allocated": told, "reserved": 2 * told, "pinned": 3}
+
+
+_TOLD = itertools.count(1)
+
 if __name__ == "__main__":
-    sys.exit(nursery.main(create=create))
+    sys.exit(nursery.main(create=create, tell_memory=memory))

@@ -8,6 +8,7 @@ from tests.server.engine.cuda_simulation import LateDevice  # isort: skip
 
 from lossgrad_server.engine.cuda_worker import CudaWorker
 from lossgrad_server.isolation import nursery
+from lossgrad_server.isolation.device_process import Description
 from tests.server.engine.cuda_building import KIB
 
 PROGRAM = ("-m", "tests.server.isolation.simulated_nursery")
@@ -25,4 +26,8 @@ def create(_: object) -> SimulatedWorker:
 
 
 if __name__ == "__main__":
-    sys.exit(nursery.main(create=create, tell=lambda _: ("simulated", "GPU-0")))
+    sys.exit(
+        nursery.main(
+            create=create, tell=lambda _: Description("simulated", "GPU-0", "simulated"), tell_memory=lambda _: {}
+        )
+    )

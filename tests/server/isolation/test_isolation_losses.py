@@ -17,13 +17,14 @@ from lossgrad_server.isolation.link import Link
 from lossgrad_server.isolation.loss import Loss
 from lossgrad_server.isolation.worker import IsolatedWorker
 from lossgrad_server.jobs import DataType, JobPlan, TensorPlan
-from lossgrad_server.work import FailureKind, WorkFailure, WorkResult
+from lossgrad_server.work import FailureKind, Retry, WorkFailure, WorkResult
 from tests.server.engine.building import Job, check, job, result_bytes, spec
 from tests.server.isolation.failing_nursery import (
     EXITS_AT,
     FAULTS_AT,
     HANGS_AT,
     IS_SLOW_AT,
+    IS_SPLIT_AT,
     LOSES_DEVICE_AT,
     PROGRAM,
 )
@@ -109,6 +110,48 @@ def test_a_large_request_goes_on_in_the_next_process(isolated: IsolatedWorker, n
     assert noted.losses == [Loss.KILLED]
 
 
+def test_the_memory_that_the_process_has_is_told_with_a_batch_now_and_then(isolated: IsolatedWorker) -> None:
+    first = link(isolated)
+    os.kill(first.process_id, signal.SIGKILL)
+    eventually(lambda: isolated.keeper.link not in (None, first))
+    assert isolated.memory == {}
+    seen = []
+
+    def has_more() -> bool:
+        check(isolated, NEIGHBOURS[0])
+        seen.append(isolated.memory["allocated"])
+        return seen[-1] > 1
+
+    eventually(has_more)
+    assert isolated.memory == {"allocated": 2, "reserved": 4, "pinned": 3}
+    assert seen.count(1) > 1  # not with every batch
+
+
+def test_what_the_process_computed_once_more_is_told(isolated: IsolatedWorker) -> None:
+    result = isolated.submit([of_size(IS_SPLIT_AT).item, NEIGHBOURS[0].item]).result()
+    assert all(isinstance(outcome, WorkResult) for outcome in result.outcomes)
+    assert sorted(result.retries) == [Retry.ERROR, Retry.OUT_OF_MEMORY, Retry.OUT_OF_MEMORY]
+
+
+def test_a_process_that_is_given_up_as_soon_as_it_is_there_is_replaced_too(isolated: IsolatedWorker) -> None:
+    """The batcher may lose a process before the keeper's thread, which has just put it there, looks at it again."""
+
+    class GivesUpOnce(Noted):
+        def worker_replaced(self, seconds: float) -> None:
+            super().worker_replaced(seconds)
+            there = isolated.keeper.link
+            if len(self.seconds) == 1 and there is not None:
+                isolated.keeper.lose(there, Loss.DEVICE)
+
+    observer = GivesUpOnce()
+    first = link(isolated)
+    isolated.watch(observer)
+    os.kill(first.process_id, signal.SIGKILL)
+    eventually(lambda: len(observer.seconds) == 2)
+    assert observer.losses == [Loss.KILLED, Loss.DEVICE]
+    assert_right(isolated)
+
+
 @pytest.mark.parametrize(
     ("count", "loss"), [(EXITS_AT, Loss.EXITED), (FAULTS_AT, Loss.KILLED), (LOSES_DEVICE_AT, Loss.DEVICE)]
 )
@@ -119,7 +162,9 @@ def test_a_poison_request_is_refused_alone(
     crashes = []
     isolated.on_crash = lambda: crashes.append(1)
     jobs = [*NEIGHBOURS[:place], of_size(count), *NEIGHBOURS[place:]]
-    outcomes = isolated.submit([one.item for one in jobs]).result().outcomes
+    result = isolated.submit([one.item for one in jobs]).result()
+    assert result.retries == (Retry.WORKER_LOST,) * len(jobs)
+    outcomes = result.outcomes
     refused = outcomes.pop(place)
     assert isinstance(refused, WorkFailure)
     assert refused.kind == FailureKind.WORKER_CRASHED
@@ -199,9 +244,11 @@ def test_where_no_process_comes_what_was_lost_is_to_be_tried_again(
     # Who is told so by and by, and comes back then, has waited for long enough: the longer it takes, the longer they wait.
     eventually(lambda: isolated.retry_after_seconds > 2 * first)
     assert time.monotonic() - began < isolated.retry_after_seconds
-    (outcome,) = isolated.submit([NEIGHBOURS[0].item]).result().outcomes
+    result = isolated.submit([NEIGHBOURS[0].item]).result()
+    (outcome,) = result.outcomes
     assert isinstance(outcome, WorkFailure)
     assert outcome.kind == FailureKind.DEVICE_LOST
+    assert result.retries == ()
     may_start.set()
     eventually(lambda: noted.seconds)
     assert isolated.keeper.seconds_without == 0

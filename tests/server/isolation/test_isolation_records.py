@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lossgrad_server.isolation import channel, records
 from lossgrad_server.isolation.memory import SharedMemory, sealed_file
-from lossgrad_server.isolation.records import BatchDone, Facts, Kind, Run
+from lossgrad_server.isolation.records import BatchDone, DeviceMemory, Facts, Kind, Run
 from lossgrad_server.jobs import DataType, JobPlan, LossKind, Reduction, SpecPlan, TensorPlan
 from lossgrad_server.work import SPEC_RESULT, SPEC_TOTAL, LargeLimits
 
@@ -24,7 +24,13 @@ def test_a_run_comes_back(run: Run) -> None:
     assert Run.unpack(run.pack()) == run
 
 
-@given(st.builds(BatchDone, st.booleans(), st.integers(0, 2**16 - 1), UINT32, INT64, INT64, INT64))
+BYTES = st.integers(0, 2**63 - 1)
+MEMORY = st.none() | st.builds(DeviceMemory, BYTES, BYTES, BYTES)
+
+
+@given(
+    st.builds(BatchDone, st.booleans(), st.integers(0, 2**16 - 1), UINT32, INT64, INT64, INT64, UINT32, UINT32, MEMORY)
+)
 def test_a_batch_s_end_comes_back(done: BatchDone) -> None:
     assert records.kind_of(done.pack()) == Kind.DONE
     assert BatchDone.unpack(done.pack()) == done
@@ -32,7 +38,8 @@ def test_a_batch_s_end_comes_back(done: BatchDone) -> None:
 
 @given(INT64, INT64, st.integers(1, 9))
 def test_facts_come_back(work: int, byte_count: int, slots: int) -> None:
-    facts = Facts("cuda:0", "lossgrad-cuda 2; NVIDIA H200", "GPU-1", slots, work, LargeLimits(work, byte_count))
+    large = LargeLimits(work, byte_count)
+    facts = Facts("cuda:0", "lossgrad-cuda 2; NVIDIA H200", "GPU-1", "NVIDIA H200", slots, work, large)
     assert records.kind_of(facts.pack()) == Kind.FACTS
     assert Facts.unpack(facts.pack()) == facts
 

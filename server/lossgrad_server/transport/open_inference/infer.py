@@ -34,9 +34,9 @@ from lossgrad_server.transport.pipeline import (
     JOIN_IN_THREAD_BYTES,
     Answer,
     PendingRequest,
-    Placing,
     RequestPipeline,
 )
+from lossgrad_server.transport.shared_tensors import Placing
 from lossgrad_server.work import SPEC_RESULT, WorkItem
 
 # Counting a mask's rows takes longer than handing it to a thread beyond this, and would hold up every other call.
@@ -96,7 +96,7 @@ class InferRequests:
         except RequestError as error:
             error.request_id = request.id
             if model is not None:
-                self.statistics.of(model).failed(time.perf_counter_ns() - started_ns)
+                self.statistics.of(model).failed(error, time.perf_counter_ns() - started_ns)
             raise
         return plan, request.id.encode(), operands
 
@@ -240,6 +240,7 @@ class PendingInfer(PendingRequest):
         super().__init__(
             requests.pipeline, job, item, started_ns=started_ns, api=api, deadline=deadline, on_answer=on_answer
         )
+        self._statistics.begun()
 
     async def prepare(self) -> bool:
         """Do what must be done before the request is queued; return whether it is to be. Otherwise, and where this is
@@ -298,12 +299,13 @@ class PendingInfer(PendingRequest):
         return Placing(sum(len(data) for _, data in writes), place, self._views.executor)
 
     def _finish(self, outcome: Outcome) -> None:
+        self._statistics.ended()
         super()._finish(outcome)
         if self._views is not None:
             self._views.release_quietly()  # of a request that failed: otherwise `_encode` has done it
 
-    def _failed(self) -> None:
-        self._statistics.failed(time.perf_counter_ns() - self._started_ns)
+    def _failed(self, error: RequestError) -> None:
+        self._statistics.failed(error, time.perf_counter_ns() - self._started_ns)
 
     def _outputs(self, computed: Computed) -> list[Buffer]:
         """Return the bytes of each output."""

@@ -59,8 +59,8 @@ class OpenInferenceService:
         self._description = description
         self._is_ready = is_ready
         self._regions = regions or NoRegions()
-        self._statistics = Statistics()
-        self._requests = InferRequests(pipeline, self._regions, self._statistics, description.max_message_bytes)
+        self.statistics = Statistics()
+        self._requests = InferRequests(pipeline, self._regions, self.statistics, description.max_message_bytes)
 
     def methods(self) -> list[Method]:
         """Return the service's methods."""
@@ -159,7 +159,7 @@ class OpenInferenceService:
 
     def _model_statistics(self, request: Any, call: Call) -> Any:
         model = find_model(request.name, request.version) if request.name else None
-        return self._statistics.message(model)
+        return self.statistics.message(model)
 
     def _repository_index(self, request: Any, call: Call) -> Any:
         is_ready = self._is_ready()

@@ -1,16 +1,19 @@
 """What ModelStatistics tells: counts and durations of each model since the server started.
 
 The durations are the batcher's and the worker's own, those of the batch that a request was part of: as with Triton, every
-request of a batch is charged with all of it. Used in the event loop's thread only.
+request of a batch is charged with all of it. Used in the event loop's thread only, save for `counts`.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, Final, NamedTuple
 
 from lossgrad_api.inference import messages
 from lossgrad_server.batching.job import Computed
+from lossgrad_server.errors import Code, Reason, RequestError
 from lossgrad_server.transport.open_inference.models import MODELS, VERSION, Model
 
 # Sizes of batches that are told apart. Nothing else bounds how many there are; one more is counted under a power of two.
@@ -18,6 +21,43 @@ _MAX_BATCH_SIZES: Final = 1024
 
 # Batches of which requests may still be to be answered. Far more than are ever under way.
 _NEWEST_BATCHES: Final = 64
+
+
+class Failure(StrEnum):
+    """Why a request failed, in Triton's words."""
+
+    REJECTED = "REJECTED"  # for what the server was at
+    CANCELED = "CANCELED"
+    BACKEND = "BACKEND"  # while it was computed
+    OTHER = "OTHER"
+
+
+_BACKEND: Final = (Reason.OUT_OF_DEVICE_MEMORY, Reason.DEVICE_FAILED, Reason.WORKER_CRASHED, Reason.INTERNAL)
+
+
+def failure_of(error: RequestError) -> Failure:
+    """Return what Triton would call an error."""
+    if error.reason in _BACKEND:
+        return Failure.BACKEND
+    if error.code == Code.CANCELLED:
+        return Failure.CANCELED
+    return Failure.REJECTED if error.code in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED) else Failure.OTHER
+
+
+class ModelCounts(NamedTuple):
+    """What was counted of one model since the server started; times are sums over its answered requests."""
+
+    model: str
+    success_count: int
+    success_ns: int
+    queue_ns: int
+    input_ns: int
+    infer_ns: int
+    output_ns: int
+    inference_count: int
+    execution_count: int
+    failures: Mapping[Failure, int]
+    pending_count: int
 
 
 class Duration:
@@ -91,6 +131,8 @@ class ModelStatistics:
         self._execution_count = 0
         self._success = Duration()
         self._fail = Duration()
+        self._failures = dict.fromkeys(Failure, 0)
+        self._pending = 0
         self._queue = Duration()
         self._requests = BatchDurations()
         self._batches: dict[int, BatchDurations] = {}
@@ -115,9 +157,35 @@ class ModelStatistics:
                 _add(self._batches, oldest)
         newest.rows += rows
 
-    def failed(self, elapsed_ns: int) -> None:
+    def failed(self, error: RequestError, elapsed_ns: int) -> None:
         """Count a request that is answered with an error."""
         self._fail.add(elapsed_ns)
+        self._failures[failure_of(error)] += 1
+
+    def begun(self) -> None:
+        """Take note that there is one more request inside."""
+        self._pending += 1
+
+    def ended(self) -> None:
+        """Take note that there is one less."""
+        self._pending -= 1
+
+    def counts(self) -> ModelCounts:
+        """Return what was counted. In any thread."""
+        requests = self._requests
+        return ModelCounts(
+            model=self._model.name,
+            success_count=self._success.count,
+            success_ns=self._success.ns,
+            queue_ns=self._queue.ns,
+            input_ns=requests.input.ns,
+            infer_ns=requests.infer.ns,
+            output_ns=requests.output.ns,
+            inference_count=self._inference_count,
+            execution_count=self._execution_count,
+            failures=dict(self._failures),
+            pending_count=self._pending,
+        )
 
     def message(self) -> dict[str, Any]:
         """Return it as a ModelStatistics."""
@@ -161,6 +229,10 @@ class Statistics:
     def of(self, model: Model) -> ModelStatistics:
         """Return a model's counts."""
         return self._models[model.name]
+
+    def counts(self) -> list[ModelCounts]:
+        """Return what was counted, by model. In any thread."""
+        return [one.counts() for one in self._models.values()]
 
     def message(self, model: Model | None) -> Any:
         """Return a ModelStatisticsResponse, of one model or of all."""
