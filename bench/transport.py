@@ -3,7 +3,8 @@
     python -m bench.transport [--quick] [--json] [--sizes 1KiB 8MiB] [--only packed memory]
 
 Servers and load are in separate processes. "floor" is the echo called by a raw gRPC client; "server" is ours called by the
-same; "idle" ours with an engine that does nothing; "sdk" is LossClient with NumPy arrays, "sdk/floor" that against the echo.
+same; "idle" ours with an engine that does nothing; "sdk" is LossClient with NumPy arrays, whose small calls share a kept
+stream; "sdk/floor" is LossClient with a call for each, against the echo.
 The bars are issue 4's. The full run takes about six minutes, --quick under one.
 """
 

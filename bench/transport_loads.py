@@ -81,6 +81,9 @@ class Loads:
         self._channel = grpc.insecure_channel(server.target, options=CHANNEL_OPTIONS)
         self._open.callback(self._channel.close)
         self._client = self._open.enter_context(LossClient(server.target, timeout=_DEADLINE_SECONDS))
+        self._unary_client = self._open.enter_context(
+            LossClient(server.target, timeout=_DEADLINE_SECONDS, coalesce=False)
+        )
         self._aio_channel, self._aio_client = loop.run_until_complete(self._connect())
 
     async def _connect(self) -> tuple[grpc.aio.Channel, AsyncLossClient]:
@@ -110,10 +113,13 @@ class Loads:
         call: Any = self._channel.unary_unary(codec.GET_SERVER_INFO)
         return self._threads(lambda: call(b"", timeout=_DEADLINE_SECONDS), 1)
 
-    def sdk_unary(self, tensor_bytes: int, outstanding: int) -> Callable[[], Burst]:
-        """LossClient.smooth_l1 with NumPy arrays."""
+    def sdk_unary(self, tensor_bytes: int, outstanding: int, *, coalesce: bool = True) -> Callable[[], Burst]:
+        """LossClient.smooth_l1 with NumPy arrays. Without `coalesce` each is a unary call, small ones too.
+
+        So it must be for an echo, which cannot tell whose answer it sends on a stream.
+        """
         input, target = messages.tensors(tensor_bytes)
-        client = self._client
+        client = self._client if coalesce else self._unary_client
         return self._threads(lambda: client.smooth_l1(input, target, gradient=True), outstanding)
 
     def raw_aio(self, tensor_bytes: int, outstanding: int) -> Callable[[], Burst]:

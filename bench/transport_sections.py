@@ -159,7 +159,7 @@ def one_caller(bench: Bench, share: float) -> None:
                 Path.SERVER: server.raw_unary(size, 1),
                 Path.SDK: server.sdk_unary(size, 1),
                 Path.IDLE: idle.raw_unary(size, 1),
-                Path.SDK_FLOOR: floor.sdk_unary(size, 1),
+                Path.SDK_FLOOR: floor.sdk_unary(size, 1, coalesce=False),
             },
             bench.settings.rounds,
             until,

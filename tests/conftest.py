@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -18,6 +19,10 @@ settings.register_profile(
     "thorough", deadline=None, max_examples=2000, print_blob=True
 )  # --hypothesis-profile=thorough
 settings.load_profile("lossgrad")
+
+# A shell makes what it runs in the background deaf to ctrl-C, and so are the programs that a test starts there.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from lossgrad.channel import Channel
     from lossgrad.metrics import ClientMetrics, MethodMetrics
     from lossgrad.shared_memory import SharedMemory
+    from lossgrad.thread_coalescer import ThreadCoalescer
 
 HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
 # grpc.health.v1.HealthCheckRequest{service: SERVICE}; two fields are not worth depending on another package.
@@ -401,7 +402,7 @@ def stream_ended(ending: Exception | None, target: str) -> LossgradError:
 
 
 class Connection:
-    """A channel, and its four methods on bytes."""
+    """A channel, its four methods on bytes, and what shares its streams."""
 
     def __init__(self, channel: Channel, metrics: ClientMetrics | None = None) -> None:
         if metrics is not None:
@@ -413,3 +414,4 @@ class Connection:
         self.info = channel.unary_unary(GET_SERVER_INFO)
         self.health = channel.unary_unary(HEALTH_CHECK)
         self.stream = channel.stream_stream(STREAM_COMPUTE_LOSS)
+        self.coalescer: ThreadCoalescer | None = None

@@ -49,7 +49,7 @@ class ChannelSettings:
     keep_large_blocks: bool = (
         False  # whether connecting tells the C library to keep large blocks, for the whole process
     )
-    coalesce: bool = True  # whether an AsyncLossClient's concurrent small calls share a stream
+    coalesce: bool = True  # whether a client's small calls share a stream
     shared_memory: bool = False  # whether tensors stay in shared memory where the server is on this machine
     metrics: ClientMetrics | None = field(default=None, repr=False)  # what counts, where the caller wants that
 

@@ -47,7 +47,8 @@ from lossgrad.losses import Loss
 from lossgrad.results import LossResult, ServerInfo
 from lossgrad.sweep import SweepMethods
 from lossgrad.tensor_buffer import filled, gradient_outs
-from lossgrad.thread_stream import ThreadStream, inherited
+from lossgrad.thread_coalescer import ThreadCoalescer
+from lossgrad.thread_stream import inherited, run_stream
 from lossgrad.window import DEFAULT_IN_FLIGHT, DEFAULT_IN_FLIGHT_BYTES
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
     unavailable is sent again (2). `max_message_bytes` is the largest message to send or take (256 MiB). `bulk` lets all that
     others wait for go first (False).
 
+    Calls with small tensors that follow one another within a second, or come from several threads at once, share a stream:
+    those that wait travel in one message. Each keeps its own timeout and error. `coalesce=False` makes every call a call of
+    its own.
     `shared_memory=True` leaves large tensors in memory shared with a server on this machine that allows it; otherwise they
     travel as ever. Arrays of results then lie there, so keep no more of them than you need.
     `metrics` is a prometheus_client.CollectorRegistry for the series lossgrad_client_* and grpc_client_*.
@@ -82,6 +86,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         timeout: float | None = None,
         retries: int | None = None,
         max_message_bytes: int | None = None,
+        coalesce: bool | None = None,
         shared_memory: bool | None = None,
         bulk: bool | None = None,
         metrics: CollectorRegistry | None = None,
@@ -96,6 +101,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
             timeout=timeout,
             retries=retries,
             max_message_bytes=max_message_bytes,
+            coalesce=coalesce,
             shared_memory=shared_memory,
             bulk=bulk,
             metrics=metrics,
@@ -201,7 +207,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         if not is_too_large(input, target, specs, limit, weight=options["weight"], mask=options["mask"]):
             try:
                 request = prepare(input, target, specs, is_single=is_single, max_message_bytes=limit, **options)
-                return filled(self._send(request, timeout), outs)
+                return filled(self._compute_request(request, timeout), outs)
             except RequestTooLarge as error:
                 if not may_be_cut(error):
                     raise
@@ -214,6 +220,18 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         if refusal is not None and call.is_whole:
             raise refusal
         return compute_in_threads(call, self._open_stream, self._settings, limit, timeout)
+
+    def _compute_request(self, request: Request, timeout: float | None) -> Answer:
+        connection = self._connected()
+        coalescer = connection.coalescer
+        if coalescer is not None and coalescer.takes(request):
+            try:
+                return coalescer.compute(request, deadline_seconds(timeout, self._settings.timeout))
+            except LossgradError as error:
+                if error.code is not grpc.StatusCode.UNIMPLEMENTED:
+                    raise
+                connection.coalescer = None  # of what lies between, something knows no streams
+        return self._send(request, timeout)
 
     def _send(self, request: Request, timeout: float | None) -> Answer:
         start = time.perf_counter()
@@ -234,7 +252,9 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
         if request is None or (memory is None and request.byte_count > self._limit_bytes):
             return self.compute(input, target, loss, **options)
         with watched(self._metrics):
-            answer: Any = self._send(request, None) if memory is None else memory.send(self._send, request, None)
+            answer: Any = (
+                self._compute_request(request, None) if memory is None else memory.send(self._send, request, None)
+            )
         return self.compute(input, target, loss, **options) if answer is None else answer
 
     @overload
@@ -292,7 +312,7 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
             timeout=timeout,
             memory=self._memory,
         )
-        return self._run_stream(iter(pairs), feed)
+        return run_stream(iter(pairs), feed, self._open_stream, lambda: self._is_closed)
 
     def compute_many(
         self,
@@ -329,6 +349,8 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
             self._is_closed = True
             connection, self._connection = self._connection, None
         if connection is not None:
+            if connection.coalescer is not None:
+                connection.coalescer.close()
             connection.channel.close()
         if self._memory is not None:
             self._memory.close()
@@ -346,7 +368,10 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
                         "this client's channel belongs to the parent process; make a client after the fork"
                     )
                 channel = connect(self._settings) if self._given is None else self._given
-                self._connection = Connection(channel, self._settings.metrics)
+                connection = Connection(channel, self._settings.metrics)
+                if self._given is None and self._settings.coalesce:
+                    connection.coalescer = ThreadCoalescer(self._settings, connection.stream)
+                self._connection = connection
             return self._connection
 
     def _call(self, method: Any, message: bytes, timeout: float | None) -> bytes:
@@ -359,47 +384,6 @@ class LossClient(LossMethods[LossResult], EvaluateMethods, SweepMethods):
 
     def _ask_for_memory(self) -> bytes:
         return self._call(self._connected().info, b"", ASK_SECONDS)
-
-    def _run_stream(self, pairs: Iterator[Any], feed: PairFeed) -> Iterator[Any]:
-        """Drive the window: fill it, give back what is ready, and wait only when neither can be done."""
-        window = feed.window
-        stream = ThreadStream(self._open_stream, feed.metrics)
-        if self._memory is not None:
-            self._memory.find_out()
-        has_more = True
-        try:
-            while True:
-                while has_more and window.has_room and not window.may_give_back:
-                    start = time.perf_counter()
-                    try:
-                        pair = next(pairs)
-                    except StopIteration:
-                        has_more = False
-                        break
-                    pull_seconds = time.perf_counter() - start
-                    stream.send(feed.add(pair))
-                    stream.send(window.flush_if_slow(pull_seconds))
-                    if stream.has_received:
-                        self._take_received(stream, feed, block=False)
-                stream.send(window.flush())
-                yield from feed.take_ready()
-                if window.is_empty and not has_more:
-                    return
-                if not (has_more and window.has_room):
-                    self._take_received(stream, feed, block=True)
-                    stream.send(window.take_due())
-        finally:
-            stream.close()
-
-    def _take_received(self, stream: ThreadStream, feed: PairFeed, *, block: bool) -> None:
-        """Hand the window what has come; reopen the stream where it broke."""
-        for received in stream.received(feed.window.seconds_to_wait() if block else 0.0):
-            delay = feed.take(received, is_closed=self._is_closed)
-            if delay is not None:
-                stream.close()
-                time.sleep(delay)
-                stream.send(feed.window.resend())
-                return
 
     def _at(self, target: str) -> LossClient:
         client = LossClient.__new__(LossClient)

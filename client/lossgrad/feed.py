@@ -63,7 +63,7 @@ class PairFeed:
         self._specs, self._is_single = as_losses(losses)
         self._is_raising = on_error == "raise"
         self._allow_broadcast = allow_broadcast
-        self._memory = memory
+        self.memory = memory
         self._max_request_bytes = settings.max_message_bytes - FRAME_BYTES
         self.window = StreamWindow(
             max_requests=in_flight,
@@ -82,8 +82,8 @@ class PairFeed:
             input, target, options = split_pair(pair)
             form = {"is_single": self._is_single, "allow_broadcast": self._allow_broadcast, **options}
             request: Request | None = None
-            if self._memory is not None:
-                request = self._memory.prepare(input, target, tuple(self._specs), copies=True, **form)
+            if self.memory is not None:
+                request = self.memory.prepare(input, target, tuple(self._specs), copies=True, **form)
             if request is None:
                 limit = self._max_request_bytes
                 request = prepare(input, target, tuple(self._specs), max_message_bytes=limit, **form)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lossgrad.feed import PairFeed
     from lossgrad.metrics import MethodMetrics
 
 # What a forked child inherits and must neither use nor collect: gRPC's objects without the threads behind them.
@@ -85,3 +87,48 @@ def _read(call: Any, incoming: SimpleQueue[bytes | Exception | None]) -> None:
         incoming.put(error)
     else:
         incoming.put(None)
+
+
+def run_stream(
+    pairs: Iterator[Any], feed: PairFeed, open_stream: Callable[[Iterator[bytes]], Any], is_closed: Callable[[], bool]
+) -> Iterator[Any]:
+    """Drive the window: fill it, give back what is ready, and wait only when neither can be done."""
+    window = feed.window
+    stream = ThreadStream(open_stream, feed.metrics)
+    if feed.memory is not None:
+        feed.memory.find_out()
+    has_more = True
+    try:
+        while True:
+            while has_more and window.has_room and not window.may_give_back:
+                start = time.perf_counter()
+                try:
+                    pair = next(pairs)
+                except StopIteration:
+                    has_more = False
+                    break
+                pull_seconds = time.perf_counter() - start
+                stream.send(feed.add(pair))
+                stream.send(window.flush_if_slow(pull_seconds))
+                if stream.has_received:
+                    _take_received(stream, feed, is_closed, block=False)
+            stream.send(window.flush())
+            yield from feed.take_ready()
+            if window.is_empty and not has_more:
+                return
+            if not (has_more and window.has_room):
+                _take_received(stream, feed, is_closed, block=True)
+                stream.send(window.take_due())
+    finally:
+        stream.close()
+
+
+def _take_received(stream: ThreadStream, feed: PairFeed, is_closed: Callable[[], bool], *, block: bool) -> None:
+    """Hand the window what has come; reopen the stream where it broke."""
+    for received in stream.received(feed.window.seconds_to_wait() if block else 0.0):
+        delay = feed.take(received, is_closed=is_closed())
+        if delay is not None:
+            stream.close()
+            time.sleep(delay)
+            stream.send(feed.window.resend())
+            return

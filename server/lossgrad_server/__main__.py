@@ -12,7 +12,10 @@ from lossgrad_server.config import ConfigError, from_command_line
 
 
 def main() -> int:
-    """Serve until told to stop. Returns 0 after a drain, 2 where a setting cannot be used, 3 after the device was lost."""
+    """Serve until told to stop. Returns 0 after a drain, 2 where a setting cannot be used, 3 after the device was lost.
+
+    With several processes, where one of them cannot be started, what that one returned.
+    """
     try:
         config = from_command_line(sys.argv[1:])
         logs.configure(config.log_level, config.log_format)
@@ -20,6 +23,10 @@ def main() -> int:
         from lossgrad_server.security import security
 
         security(config)  # files that cannot be read are told at once, too
+        if config.processes > 1:
+            from lossgrad_server.processes import parent
+
+            return asyncio.run(parent.run(config))
         # Only now, so that --help and a bad setting do not wait seconds for what computes.
         from lossgrad_server.app import DeviceLost, run
         from lossgrad_server.engine import cpu_target

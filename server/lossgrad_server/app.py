@@ -19,6 +19,7 @@ from lossgrad_server.batching.admission import AdmissionLimits
 from lossgrad_server.batching.batcher import Batcher
 from lossgrad_server.batching.forming import BatchLimits
 from lossgrad_server.config import ConfigError, ServerConfig
+from lossgrad_server.metrics import Metrics
 from lossgrad_server.metrics_endpoint import serve_metrics
 from lossgrad_server.security import security
 from lossgrad_server.telemetry import create_metrics, create_tracer, watch_gpu
@@ -176,7 +177,8 @@ class Core:
 class Server:
     """One server on its ports. `port` and `metrics_port` are what was bound; 0 for a unix socket, None without metrics."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, *, shares_port: bool = False) -> None:
+        """`shares_port`: other processes of the same user may listen on its port too, and get their part of connections."""
         self.config = config
         self.port = 0
         self.metrics_port: int | None = None
@@ -194,6 +196,7 @@ class Server:
             tokens=self._security.tokens,
             unsent=self._core.pipeline.unsent,
             under_way=self._under_way,
+            shares_port=shares_port,
         )
         self._health.add_to(self._grpc)
         if self._security.certificates is not None:
@@ -202,6 +205,7 @@ class Server:
             from lossgrad_server.transport.reflection import add_reflection
 
             add_reflection(self._grpc, open_inference=config.open_inference)
+        self._is_prepared = False
         self._stop_metrics: Callable[[], None] = lambda: None
         self._trimmer: asyncio.Task[None] | None = None
 
@@ -214,6 +218,17 @@ class Server:
     def device_lost(self) -> asyncio.Event:
         """Set when the device has failed for good: stop this process, and start another."""
         return self._core.device_lost
+
+    @property
+    def metrics(self) -> Metrics:
+        """What it counts."""
+        return self._core.metrics
+
+    async def prepare(self) -> None:
+        """Warm up before the port is bound. For a server that shares its port: no caller has to wait for it to be warm."""
+        await self._core.warm_up()
+        self._core.set_ready(False)
+        self._is_prepared = True
 
     async def start(self) -> None:
         """Bind the ports, warm up, and begin to serve. Raises ConfigError where a port cannot be had."""
@@ -237,7 +252,10 @@ class Server:
         await self._grpc.start()
         logger.info("Warming up: %s takes no requests yet", self.grpc_address)
         try:
-            await self._core.warm_up()
+            if self._is_prepared:
+                self._core.set_ready(True)
+            else:
+                await self._core.warm_up()
         except Exception:
             await self._grpc.stop(None)
             raise
@@ -274,13 +292,18 @@ class Server:
                 released_at = admitted
             seen = admitted
 
-    async def drain(self) -> None:
-        """Stop without an error for anyone: say NOT_SERVING, serve on for the delay, refuse new calls, finish the rest."""
+    async def drain(self, *, is_replaced: bool = False) -> None:
+        """Stop without an error for anyone: say NOT_SERVING, serve on for the delay, refuse new calls, finish the rest.
+
+        `is_replaced`: others listen on the same port, so that callers need not go elsewhere but only connect again. Told
+        NOT_SERVING they would wait for this process to recover.
+        """
         logger.info("Draining: %s requests inside", self._core.batcher.admitted_requests)
         self._core.outages.end()
         self._core.set_ready(False)
-        await self._health.set_ready(False)
-        await asyncio.sleep(self.config.drain_delay_seconds)
+        if not is_replaced:
+            await self._health.set_ready(False)
+            await asyncio.sleep(self.config.drain_delay_seconds)
         self._core.pipeline.drain()
         closing = asyncio.ensure_future(self._grpc.stop(self.config.drain_grace_seconds))
         self._core.pipeline.end_streams()

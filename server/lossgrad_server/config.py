@@ -68,6 +68,14 @@ class ServerConfig:
         least=0,
         most=1024,
     )
+    processes: int = _setting(
+        1,
+        "On the CPU: how many processes serve on the port, each with its share of the connections; --threads and what "
+        "bounds the whole server are divided among them. One moves what one core can, so that cores beyond two or three "
+        "are better used by another. A GPU wants one.",
+        least=1,
+        most=256,
+    )
     isolation: str = _setting(
         "auto",
         "Where the device's worker lives: thread, in the server's process; process, in one of its own, which is replaced "

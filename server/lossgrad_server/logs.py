@@ -25,6 +25,11 @@ _OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"
 class JsonFormatter(logging.Formatter):
     """One JSON object on one line: time (RFC 3339, UTC), severity, logger, message, what `extra` gave, exception."""
 
+    def __init__(self, process: str = "") -> None:
+        """`process` is what each line says of which process wrote it; "" where there is one."""
+        super().__init__()
+        self._process = {"process": process} if process else {}
+
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         line: dict[str, object] = {
@@ -32,6 +37,7 @@ class JsonFormatter(logging.Formatter):
             "severity": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
+            **self._process,
         }
         line.update((name, value) for name, value in vars(record).items() if name not in _OWN)
         if record.exc_info:
@@ -41,11 +47,22 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str, ensure_ascii=False)
 
 
-def configure(level: str, style: str, stream: TextIO = sys.stderr, logger: logging.Logger | None = None) -> None:
-    """Send a logger (the root) to a stream. `style` is one of FORMATS; "auto" is text on a terminal and JSON elsewhere."""
+def configure(
+    level: str,
+    style: str,
+    stream: TextIO = sys.stderr,
+    logger: logging.Logger | None = None,
+    *,
+    process: str = "",
+) -> None:
+    """Send a logger (the root) to a stream. `style` is one of FORMATS; "auto" is text on a terminal and JSON elsewhere.
+
+    `process` names the process in each line, where several write to one log.
+    """
     is_text = style == "text" or (style == "auto" and stream.isatty())
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter(_TEXT) if is_text else JsonFormatter())
+    text = f"[process {process}] {_TEXT}" if process else _TEXT
+    handler.setFormatter(logging.Formatter(text) if is_text else JsonFormatter(process))
     configured = logger or logging.getLogger()
     configured.handlers[:] = [handler]
     configured.setLevel(level.upper())

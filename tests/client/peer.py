@@ -129,13 +129,16 @@ class Peer(pb_grpc.LossServiceServicer):
         self.metadata.append(dict(context.invocation_metadata()))
         context.add_callback(self.ended.set)
         self.fail_call(self.streams, context)
+        requests, messages = self.requests, self.messages  # this test's: a stream may end in the course of the next
         for message in request_iterator:
-            self.messages.append(len(message.requests))
+            messages.append(len(message.requests))
             self.arrived.set()
             self._wait(context)
+            if not context.is_active():
+                return
             answers = []
             for tagged in message.requests:
-                self.requests.append(tagged.request)
+                requests.append(tagged.request)
                 answer = pb.TaggedResponse(tag=tagged.tag)
                 try:
                     self.fail(tagged.request)

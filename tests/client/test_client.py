@@ -186,7 +186,7 @@ def test_a_timeout_ends_the_call_here_and_on_the_server(client: LossClient, peer
 def test_the_clients_timeout_is_the_default_and_infinity_means_none(target: str, peer: Peer) -> None:
     remaining: list[float | None] = []
     peer.fail_call = lambda _number, context: remaining.append(context.time_remaining())
-    with LossClient(target, timeout=20.0) as client:
+    with LossClient(target, timeout=20.0, coalesce=False) as client:
         client.l1(INPUT, TARGET)
         client.l1(INPUT, TARGET, timeout=5)
         client.l1(INPUT, TARGET, timeout=math.inf)
@@ -309,7 +309,7 @@ def test_an_answer_that_is_none_is_the_servers_error() -> None:
     server = grpc.server(ThreadPoolExecutor(1), handlers=[broken])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    with LossClient(f"127.0.0.1:{port}") as client:
+    with LossClient(f"127.0.0.1:{port}", coalesce=False) as client:
         for answer, says in (
             (b"\xff\xff\xff", "cannot be read"),
             (b"", "0 results for 1 losses"),

@@ -65,15 +65,16 @@ def bad() -> tuple[Any, Any]:
 
 
 def test_calls_are_counted_with_their_outcome_time_messages_and_bytes(
-    metered: LossClient, registry: CollectorRegistry
+    target: str, peer: Peer, registry: CollectorRegistry
 ) -> None:
     request_bytes = prepare(ZERO, ZERO, (L1(),), is_single=True, max_message_bytes=1000).byte_count
-    metered.l1(ZERO, ZERO)
-    metered.l1(ZERO, ZERO)
-    with pytest.raises(InvalidRequest):
-        metered.l1(*bad())
-    with pytest.raises(InvalidRequest):
-        metered.compute(ZERO, ZERO, [])  # not sent
+    with LossClient(target, metrics=registry, coalesce=False) as metered:
+        metered.l1(ZERO, ZERO)
+        metered.l1(ZERO, ZERO)
+        with pytest.raises(InvalidRequest):
+            metered.l1(*bad())
+        with pytest.raises(InvalidRequest):
+            metered.compute(ZERO, ZERO, [])  # not sent
     requests = series(registry, "lossgrad_client_requests_total")
     assert requests == {("compute", "ok"): 2, ("compute", "invalid"): 2}
     assert series(registry, "lossgrad_client_request_duration_seconds_count") == {("compute",): 4}
@@ -155,6 +156,22 @@ async def test_calls_that_share_a_stream_are_calls(
     assert handled(registry) == {("GetServerInfo", "OK"): 1}  # the stream still goes on
     assert len(series(registry, "grpc_client_started_total")) == 2
     assert not series(registry, "lossgrad_client_inflight_requests")
+
+
+def test_calls_that_share_a_stream_are_counted_one_by_one(target: str, peer: Peer, registry: CollectorRegistry) -> None:
+    with LossClient(target, metrics=registry) as client:
+        for _ in range(5):
+            client.l1(ZERO, ZERO)
+        with pytest.raises(InvalidRequest):
+            client.l1(*bad())
+    assert series(registry, "lossgrad_client_requests_total") == {("compute", "ok"): 5, ("compute", "invalid"): 1}
+    assert series(registry, "lossgrad_client_request_duration_seconds_count") == {("compute",): 6}
+    assert series(registry, "grpc_client_msg_sent_total") == {
+        ("ComputeLoss", "lossgrad_api.v1.LossService", "unary"): 1,
+        ("StreamComputeLoss", "lossgrad_api.v1.LossService", "bidi_stream"): 5,
+    }
+    assert not series(registry, "lossgrad_client_inflight_requests")
+    assert not series(registry, "lossgrad_client_reconnects_total")
 
 
 async def test_a_shared_stream_that_nobody_needed_any_more_is_no_reconnect(

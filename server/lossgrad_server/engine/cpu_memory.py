@@ -84,6 +84,7 @@ class Arena:
         self._call_address = ctypes.addressof(self._call)
         self._words = _words_at(self._addresses)
         self._result_bytes = 0
+        self._code = b""
         # Job count, and whether the GIL is held, as they were last written to the call.
         self._batch = (0, False)
 
@@ -139,6 +140,7 @@ class Arena:
             self._batch = len(programs), holding_gil
             self._call.job_count, self._call.computes = self._batch
         self._result_bytes = result_bytes
+        self._code = code  # the kernels know its address only, and read it when this has returned
         if self._gather(self._call_address, code, buffers):
             raise OperandMismatch
 

@@ -48,12 +48,14 @@ def create_server(
     tokens: Tokens | None = None,
     unsent: Unsent | None = None,
     under_way: UnderWay | None = None,
+    shares_port: bool = False,
 ) -> grpc.aio.Server:
     """Return a server, not yet started, that serves `methods`. With `tokens`, calls need one of them.
 
-    `unsent` counts the answers that callers do not read, `under_way` the calls.
+    `unsent` counts the answers that callers do not read, `under_way` the calls. With `shares_port` other servers may
+    listen on its port.
     """
-    options = server_options(max_message_bytes, max_connection_age_seconds, max_connections)
+    options = server_options(max_message_bytes, max_connection_age_seconds, max_connections, shares_port=shares_port)
     apis = {method.name: method.api or OTHER for method in methods}
     guards = (
         [TokenGuard(tokens, lambda error, name: metrics.failed(None, apis.get(name, OTHER), error))] if tokens else []
@@ -122,7 +124,7 @@ async def _refuse_metadata(_messages: Any, context: Context) -> None:
 
 
 def server_options(
-    max_message_bytes: int, max_connection_age_seconds: float, max_connections: int
+    max_message_bytes: int, max_connection_age_seconds: float, max_connections: int, *, shares_port: bool = False
 ) -> list[tuple[str, int]]:
     """Return the channel arguments of the server, each with its reason. Figures: docs/architecture.md."""
     limit = max_message_bytes + _LIMIT_SLACK_BYTES
@@ -147,8 +149,8 @@ def server_options(
         # are four seconds of a busy event loop, and cost 200 MB at most.
         ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
-        # A second server on the same port must fail at once, and not take half of the connections.
-        ("grpc.so_reuseport", 0),
+        # A second server on the same port must fail at once, and not take half of the connections, unless it is to.
+        ("grpc.so_reuseport", int(shares_port)),
     ]
     if max_connection_age_seconds:
         # gRPC resolves names anew only when a connection ends, so this is how clients come to see new replicas.

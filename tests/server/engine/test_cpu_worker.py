@@ -7,6 +7,7 @@ import os
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lossgrad_server.engine.cpu_memory import Arena
 from lossgrad_server.engine.cpu_program import program_of
 from lossgrad_server.engine.cpu_worker import CpuWorker, determinism
 from lossgrad_server.jobs import DataType, JobPlan, LossKind, Reduction, TensorPlan
-from lossgrad_server.work import FailureKind, Retry, WorkFailure, WorkItem, WorkResult
+from lossgrad_server.work import Buffer, FailureKind, Retry, WorkFailure, WorkItem, WorkResult
 from tests.server.engine.building import FLOATS, Job, job, result_bytes, run, spec
 
 
@@ -199,6 +200,26 @@ def test_a_gradient_written_past_the_caches_is_the_same(data_type: DataType, spe
     expected = (np.clip((x - y).astype(np.float64), -1.0, 1.0) / count).astype(dtype)
     assert np.array_equal(np.isnan(gradient), np.isnan(x - y))
     assert float(np.nanmax(np.abs(gradient - expected))) <= 2.0**-52 / count
+
+
+def test_what_a_batch_is_computed_by_outlives_the_gil() -> None:
+    jobs = [job(spec(kind, 0.5), [1.0, 2.0, 5.0], [3.0, 2.5, 1.0]) for kind in LossKind]
+    programs = [program_of(one.plan.header) for one in jobs]
+    code_bytes = sum(len(program.code) for program in programs)
+    kernel = load_kernel()
+    taken: list[bytes] = []
+
+    def compute(call: int) -> int:
+        # What another thread does meanwhile: it takes the memory that is free.
+        taken.extend(bytes([0x7F]) * code_bytes for _ in range(1000))
+        return kernel.compute_without_gil(call)
+
+    results: list[tuple[bytes, bytes]] = []
+    for arena in Arena(kernel, 1), Arena(replace(kernel, compute_without_gil=compute), 1):
+        outputs = memoryview(bytearray(sum(program.output_bytes for program in programs)))
+        buffers: list[Buffer] = [*(operand for one in jobs for operand in one.operands), outputs]
+        results.append((arena.compute(programs, buffers, holding_gil=not results), bytes(outputs)))
+    assert results[0] == results[1]
 
 
 def test_what_is_wrong_with_an_item_is_raised_when_it_begins(worker: CpuWorker) -> None:
