@@ -96,10 +96,29 @@ static CUresult copy(CUdeviceptr device, size_t bytes, void *to, const void *fro
     return SUCCESS;
 }
 
+/* As cuda.h says of pageable memory: what is written was taken when this returns, and need not have arrived. */
+static struct { CUdeviceptr to; size_t bytes; void *from; } underway;
+
+CUresult cuCtxSynchronize(void) {
+    CUresult result = SUCCESS;
+    if (current < 0) return INVALID_CONTEXT;
+    if (underway.from) result = copy(underway.to, underway.bytes, (void *)(uintptr_t)underway.to, underway.from);
+    free(underway.from);
+    underway.from = NULL;
+    return result;
+}
+
 CUresult cuMemcpyDtoH_v2(void *to, CUdeviceptr from, size_t bytes) {
-    return copy(from, bytes, to, (const void *)(uintptr_t)from);
+    CUresult result = cuCtxSynchronize();
+    return result ? result : copy(from, bytes, to, (const void *)(uintptr_t)from);
 }
 
 CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void *from, size_t bytes) {
-    return copy(to, bytes, (void *)(uintptr_t)to, from);
+    CUresult result = cuCtxSynchronize();
+    if (result || !bytes) return result;
+    underway.to = to;
+    underway.bytes = bytes;
+    underway.from = malloc(bytes);
+    memcpy(underway.from, from, bytes);
+    return SUCCESS;
 }

@@ -28,6 +28,7 @@ _SIGNATURES: Final[dict[str, list[Any]]] = {
     "cuDeviceGet": [ctypes.POINTER(ctypes.c_int), ctypes.c_int],
     "cuDevicePrimaryCtxRetain": [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int],
     "cuCtxSetCurrent": [ctypes.c_void_p],
+    "cuCtxSynchronize": [],
     "cuIpcOpenMemHandle_v2": [ctypes.POINTER(_POINTER), _Handle, ctypes.c_uint],
     "cuIpcCloseMemHandle": [_POINTER],
     "cuMemGetAddressRange_v2": [ctypes.POINTER(_POINTER), ctypes.POINTER(ctypes.c_size_t), _POINTER],
@@ -94,6 +95,8 @@ class Driver:
     def write(self, destination: int, source: int, byte_count: int) -> None:
         """Copy from this process's memory to the device, and wait for it."""
         self._call("cuMemcpyHtoD_v2", destination, source, byte_count)
+        # From pageable memory the copy returns once the driver has taken the bytes; they must be there when we answer.
+        self._call("cuCtxSynchronize")
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._library, name)(*arguments)
