@@ -4,8 +4,8 @@
 
 "wire" and "shared" are LossClient with ordinary arrays, "in place" with arrays of `client.empty`, of which nothing is
 copied. "kernel" is the engine's worker in this process over the same arrays, with as many threads as the server has; "small"
-is a call with tensors of 1 KiB. All take turns in every round. The bars are issue 5's: "in place" is what they are held
-against, because a copy by the caller is the caller's; "shared" stands beside it.
+is a unary call with tensors of 1 KiB (`coalesce=False`). All take turns in every round. The bars are issue 5's: "in place"
+is what they are held against, because a copy by the caller is the caller's; "shared" stands beside it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ def measure(target: str, byte_count: int, rounds: int, worker: CpuWorker) -> dic
     plan = JobPlan((SpecPlan(LossKind.SMOOTH_L1, 1.0, Reduction.MEAN, True),), tensor, tensor)
     item = WorkItem(plan.header, (x.data.cast("B"), y.data.cast("B")))
     times = max(2, 16 * MIB // byte_count)
-    with lossgrad.LossClient(target) as wire, lossgrad.LossClient(target, shared_memory=True) as sharing:
+    with (
+        lossgrad.LossClient(target) as wire,
+        lossgrad.LossClient(target, shared_memory=True) as sharing,
+        lossgrad.LossClient(target, coalesce=False) as unary,
+    ):
         mine, other = sharing.empty(count), sharing.empty(count)
         mine[:], other[:] = x, y
         check(wire, sharing, x, y, mine, other)
@@ -62,7 +66,7 @@ def measure(target: str, byte_count: int, rounds: int, worker: CpuWorker) -> dic
             "shared": lambda: seconds_of(lambda: sharing.smooth_l1(x, y, gradient=True), times),
             "in place": lambda: seconds_of(lambda: sharing.smooth_l1(mine, other, gradient=True), times),
             "kernel": lambda: seconds_of(lambda: worker.submit([item]).result(), times),
-            "small": lambda: seconds_of(lambda: wire.smooth_l1(small, small, gradient=True), 20),
+            "small": lambda: seconds_of(lambda: unary.smooth_l1(small, small, gradient=True), 20),
         }
         return interleave(cases, rounds)
 

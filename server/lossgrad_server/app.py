@@ -372,13 +372,17 @@ def _leave(name: str) -> None:
 
 def _shared_memory(config: ServerConfig) -> SharedMemory | None:
     if not config.allow_shared_memory:
+        if config.allow_cuda_shared_memory:
+            raise ConfigError("--allow-cuda-shared-memory is set; set --allow-shared-memory with it")
         return None
     from lossgrad_server.shared_memory.sharing import (
         SharedMemory,
     )  # needs more of the system than the rest of the server
 
     logger.warning("Sharing memory with callers on this machine: see docs/shared-memory.md for what that trusts")
-    return SharedMemory(config.max_shared_memory_bytes, config.region_prefixes)
+    return SharedMemory(
+        config.max_shared_memory_bytes, config.region_prefixes, allows_cuda=config.allow_cuda_shared_memory
+    )
 
 
 def _poster(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]:

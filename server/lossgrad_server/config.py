@@ -141,6 +141,11 @@ class ServerConfig:
         "What the names of Open Inference's system regions must begin with, after the leading slash; several with commas. "
         "Short ones let callers name memory of other programs of theirs. The SDK's memory has no names.",
     )
+    allow_cuda_shared_memory: bool = _setting(
+        False,
+        "With --allow-shared-memory: take CUDA IPC handles too, for Open Inference's CUDA regions, from callers that run as "
+        "the server's own user. Off, because of what a handle's memory may do (docs/shared-memory.md); never run on a GPU.",
+    )
     max_shared_memory_bytes: int = _setting(
         4096 * MIB,
         "Most bytes of shared memory at a time. The SDK's callers that find no room send their tensors in messages.",

@@ -11,12 +11,15 @@ import contextlib
 import ipaddress
 import os
 import socket
+import stat
 import struct
+from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
 
 IN_PROCESS: Final = "inproc"
 _USER: Final = "user "
+_ANY_OF_SOCKET: Final = "unix"
 
 _NETLINK_SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
@@ -42,7 +45,7 @@ def owner_of(peer: str, port: int) -> str | None:
     if peer == IN_PROCESS:
         return f"{_USER}{os.geteuid()}"
     if kind in ("unix", "unix-abstract"):
-        return "unix"
+        return _ANY_OF_SOCKET
     if kind not in ("ipv4", "ipv6"):
         return None
     host, _, client_port = unquote(address).rpartition(":")
@@ -62,6 +65,28 @@ def owner_of(peer: str, port: int) -> str | None:
 def user_of(owner: str) -> int | None:
     """Return an owner's user id; None for one that is no known user."""
     return int(owner.removeprefix(_USER)) if owner.startswith(_USER) else None
+
+
+def is_this_user(owner: str, server_address: str) -> bool:
+    """Return whether an owner can be nobody but the user that the server runs as, or root.
+
+    Of callers over a unix socket gRPC tells no user. Who may write to the socket may connect, so it is enough that only
+    its owner may. `server_address` is where the server listens, as gRPC writes it.
+    """
+    user = user_of(owner)
+    if user is not None:
+        return user in (os.geteuid(), 0)
+    return owner == _ANY_OF_SOCKET and _is_private(server_address)
+
+
+def _is_private(address: str) -> bool:
+    if not address.startswith("unix:"):  # an abstract one has no permissions
+        return False
+    try:
+        status = Path(address.removeprefix("unix:").removeprefix("//")).stat()
+    except OSError:
+        return False
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _user_of_socket(ip: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int, server_port: int) -> int | None:

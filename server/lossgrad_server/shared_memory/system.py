@@ -16,7 +16,7 @@ import logging
 import os
 import stat
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,7 +31,7 @@ from lossgrad_server.shared_memory.rules import (
     unknown_region,
 )
 from lossgrad_server.transport.call import Call
-from lossgrad_server.transport.open_inference.regions import CudaRegion, SystemRegion
+from lossgrad_server.transport.open_inference.regions import CudaRegion, RegionView, SystemRegion
 from lossgrad_server.work import Buffer
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ class _Region:
 
 class _View:
     """Part of a region while one request uses it. Implements transport.open_inference.regions.RegionView."""
+
+    executor = None
 
     def __init__(self, region: _Region, offset: int, byte_count: int, *, writable: bool) -> None:
         self._region = region
@@ -155,13 +157,7 @@ class SystemRegions:
 
     def register_system(self, owner: str, name: str, key: str, offset: int, byte_size: int) -> None:
         """Register a region of the object `key`. Raises RequestError."""
-        check_name(name)
-        if (owner, name) in self._regions:
-            raise RequestError(
-                f"region {shown(name)} is registered already; unregister it first, or choose another name",
-                code=Code.ALREADY_EXISTS,
-                reason=Reason.REGION_EXISTS,
-            )
+        self._check_free(owner, name)
         object_name = canonical_key(key, self._prefixes)
         if byte_size < 1:
             raise InvalidRequest(
@@ -188,10 +184,13 @@ class SystemRegions:
             return (self._find(owner, name).description,)
         return tuple(region.description for key, region in self._regions.items() if key[0] == owner)
 
-    def register_cuda(self, owner: str, name: str, raw_handle: bytes, device_id: int, byte_size: int) -> None:
-        """Refuse: a handle to a GPU's memory tells no owner and may be freed under us (docs/shared-memory.md)."""
+    def register_cuda(
+        self, owner: str, name: str, raw_handle: bytes, device_id: int, byte_size: int
+    ) -> Awaitable[None] | None:
+        """Refuse: a handle tells no owner and its memory may be freed under us, so cuda.py is asked for by itself."""
         raise RequestError(
-            "this server shares no GPU memory; register system shared memory, or send the tensors in raw_input_contents",
+            "this server shares no GPU memory (--allow-cuda-shared-memory); register system shared memory, or send the "
+            "tensors in raw_input_contents",
             code=Code.UNIMPLEMENTED,
             reason=Reason.SHARED_MEMORY_OFF,
         )
@@ -205,7 +204,7 @@ class SystemRegions:
             raise self._unknown(name)
         return ()
 
-    def view(self, owner: str, name: str, offset: int, byte_size: int, *, writable: bool) -> _View:
+    def view(self, owner: str, name: str, offset: int, byte_size: int, *, writable: bool) -> RegionView:
         """Return a part of the owner's region. Raises RequestError where it is not in it."""
         region = self._find(owner, name)
         check_part(f"a tensor in region {shown(name)}", offset, byte_size, region.description.byte_size)
@@ -215,6 +214,19 @@ class SystemRegions:
         """Forget all."""
         for owner in {owner for owner, _ in self._regions}:
             self.unregister_system(owner, "")
+
+    def _check_free(self, owner: str, name: str) -> None:
+        """Check that a name may be given to a region. Raises RequestError."""
+        check_name(name)
+        if self._is_taken(owner, name):
+            raise RequestError(
+                f"region {shown(name)} is registered already; unregister it first, or choose another name",
+                code=Code.ALREADY_EXISTS,
+                reason=Reason.REGION_EXISTS,
+            )
+
+    def _is_taken(self, owner: str, name: str) -> bool:
+        return (owner, name) in self._regions
 
     def _find(self, owner: str, name: str) -> _Region:
         region = self._regions.get((owner, name))

@@ -35,7 +35,7 @@ from lossgrad_server.transport.answers import (
 from lossgrad_server.transport.call import is_late
 from lossgrad_server.transport.checks import RequestChecker
 from lossgrad_server.transport.origin import CallOrigin
-from lossgrad_server.transport.shared_tensors import SharedMemoryParts, copy, misplaced
+from lossgrad_server.transport.shared_tensors import Placing, SharedMemoryParts, copy, misplaced
 from lossgrad_server.transport.status import log_internal, new_request_id
 from lossgrad_server.transport.transfers import Unsent
 from lossgrad_server.work import WorkItem
@@ -52,8 +52,6 @@ JOIN_IN_THREAD_BYTES: Final = 256 * 1024
 IN_PLACE_BYTES: Final = 64 * 1024
 
 Answer = Sequence[Buffer] | RequestError
-# How many bytes are to be copied, and what copies them, in any thread; it may raise RequestError.
-Placing = tuple[int, Callable[[], None]]
 
 
 class PendingRequest(Job):
@@ -116,11 +114,11 @@ class PendingRequest(Job):
         if isinstance(outcome, RequestError) or placing is None:
             self._finish(outcome)
             return
-        byte_count, place = placing
-        if byte_count <= JOIN_IN_THREAD_BYTES:
+        byte_count, place, executor = placing
+        if executor is None and byte_count <= JOIN_IN_THREAD_BYTES:
             self._finish(_placed(place, outcome))
             return
-        copying = asyncio.get_running_loop().run_in_executor(None, _placed, place, outcome)
+        copying = asyncio.get_running_loop().run_in_executor(executor, _placed, place, outcome)
         copying.add_done_callback(lambda done: self._finish(done.result()))
 
     def sent(self) -> None:
@@ -206,7 +204,7 @@ class PendingComputeLoss(PendingRequest):
         if not self._is_placed:
             return None
         copies = misplaced(self.item, computed.result)
-        return sum(len(output) for output, _ in copies), partial(copy, copies)
+        return Placing(sum(len(output) for output, _ in copies), partial(copy, copies))
 
     def _encode(self, computed: Computed) -> Sequence[Buffer]:
         header, stats, key = self.item.header, self._pipeline.stats_of(computed), self.idempotency_key

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from typing import Any, Final, NamedTuple, Protocol
 
 from lossgrad_api.codec import RequestView
@@ -143,6 +144,14 @@ def _output_spans(plan: JobPlan) -> tuple[tuple[int, int], ...]:
         end = begin + output.tensor.byte_count
         spans.append((begin, end))
     return tuple(spans)
+
+
+class Placing(NamedTuple):
+    """How many bytes are to be copied, and what copies them, which may raise RequestError; where, if not in any thread."""
+
+    byte_count: int
+    place: Callable[[], None]
+    executor: Executor | None = None
 
 
 def misplaced(item: WorkItem, result: WorkResult) -> list[tuple[Buffer, Buffer]]:

@@ -32,6 +32,7 @@ class Part:
     """A part of a region of a test, which counts what becomes of it."""
 
     is_direct = True
+    executor = None
 
     def __init__(self, regions: Regions, memory: memoryview) -> None:
         self._regions = regions

@@ -10,6 +10,7 @@ import asyncio
 import struct
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from typing import Any, Final
 
 from lossgrad_api.wire import Buffer, CodecError, HeaderTooLarge
@@ -33,9 +34,9 @@ from lossgrad_server.transport.pipeline import (
     JOIN_IN_THREAD_BYTES,
     Answer,
     PendingRequest,
-    Placing,
     RequestPipeline,
 )
+from lossgrad_server.transport.shared_tensors import Placing
 from lossgrad_server.work import SPEC_RESULT, WorkItem
 
 # Counting a mask's rows takes longer than handing it to a thread beyond this, and would hold up every other call.
@@ -148,6 +149,11 @@ class Views:
     def __init__(self, inputs: list[RegionView | None], outputs: list[RegionView | None]) -> None:
         self.inputs = inputs
         self.outputs = outputs
+
+    @property
+    def executor(self) -> Executor | None:
+        """Where they are read and written, if they are not to be so anywhere."""
+        return next((view.executor for view in (*self.inputs, *self.outputs) if view and view.executor), None)
 
     def read(self) -> None:
         """Read the inputs. In any thread; raises RequestError."""
@@ -266,10 +272,11 @@ class PendingInfer(PendingRequest):
         """Put the operands that are in shared memory into the job: reading may mean copying. Raises RequestError."""
         byte_count = sum(one.tensor.byte_count for one in self.infer_plan.inputs if one.place is not None)
         try:
-            if byte_count <= JOIN_IN_THREAD_BYTES:
+            executor = views.executor
+            if executor is None and byte_count <= JOIN_IN_THREAD_BYTES:
                 views.read()
             else:
-                await asyncio.get_running_loop().run_in_executor(None, views.read)
+                await asyncio.get_running_loop().run_in_executor(executor, views.read)
         except asyncio.CancelledError:
             self.done(Cancelled("the caller cancelled this request before it was queued"))
             raise
@@ -289,7 +296,7 @@ class PendingInfer(PendingRequest):
             for view, data in writes:
                 view.write(data)
 
-        return sum(len(data) for _, data in writes), place
+        return Placing(sum(len(data) for _, data in writes), place, self._views.executor)
 
     def _finish(self, outcome: Outcome) -> None:
         self._statistics.ended()

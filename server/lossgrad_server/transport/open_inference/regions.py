@@ -12,7 +12,8 @@ queued; `memory` of the inputs' views; for each output either the worker writes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
@@ -48,6 +49,10 @@ class RegionView(Protocol):
         """Whether `memory` is the shared memory itself, which results may be computed into, and not a copy of it."""
 
     @property
+    def executor(self) -> Executor | None:
+        """Where `memory` is first asked for, and `write` called, because they may wait for long; None for anywhere."""
+
+    @property
     def memory(self) -> memoryview:
         """The bytes, one-dimensional and of format "B"; read-only unless the view was asked for as writable.
 
@@ -80,8 +85,13 @@ class SharedMemoryRegions(Protocol):
     def system_regions(self, owner: str, name: str) -> Sequence[SystemRegion]:
         """Return the owner's region of that name, or all if `name` is empty. Raises RequestError for an unknown one."""
 
-    def register_cuda(self, owner: str, name: str, raw_handle: bytes, device_id: int, byte_size: int) -> None:
-        """Register a region of a GPU's memory by its cudaIpcMemHandle. Raises RequestError."""
+    def register_cuda(
+        self, owner: str, name: str, raw_handle: bytes, device_id: int, byte_size: int
+    ) -> Awaitable[None] | None:
+        """Register a region of a GPU's memory by its cudaIpcMemHandle. Raises RequestError.
+
+        It is done when what this returns is, which may raise RequestError, too.
+        """
 
     def unregister_cuda(self, owner: str, name: str) -> None:
         """As `unregister_system`. Does nothing where there is no GPU: perf_analyzer calls it all the same."""

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from inspect import isawaitable
 from typing import Any, Final
 
 from lossgrad_api.inference import SERVICE, messages, pool
@@ -197,9 +198,13 @@ class OpenInferenceService:
             status.name, status.device_id, status.byte_size = region.name, region.device_id, region.byte_size
         return response
 
-    def _cuda_register(self, request: Any, call: Call) -> Any:
+    async def _cuda_register(self, request: Any, call: Call) -> Any:
         owner = self._regions.owner(call)
-        self._regions.register_cuda(owner, request.name, request.raw_handle, request.device_id, request.byte_size)
+        registering = self._regions.register_cuda(
+            owner, request.name, request.raw_handle, request.device_id, request.byte_size
+        )
+        if registering is not None:
+            await registering
         return messages().CudaSharedMemoryRegisterResponse()
 
     def _cuda_unregister(self, request: Any, call: Call) -> Any:
@@ -242,8 +247,11 @@ def _with_messages(request_name: str, handler: Callable[[Any, Call], Any]) -> Un
             request = parse(request_name, data)
         except CodecError as error:
             raise malformed(error) from None
-        response: bytes = handler(request, call).SerializeToString()
-        return response
+        response = handler(request, call)
+        if isawaitable(response):
+            response = await response
+        serialized: bytes = response.SerializeToString()
+        return serialized
 
     return serve
 
