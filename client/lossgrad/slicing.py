@@ -20,6 +20,7 @@ from lossgrad.cutting import OVERHEAD_BYTES, Cut, CutSlice, Operands
 from lossgrad.errors import InvalidRequest, ServerError
 from lossgrad.exchange import FRAME_BYTES
 from lossgrad.losses import Loss
+from lossgrad.sources import let_go_of_pages
 from lossgrad.tensor_buffer import TensorBuffer
 from lossgrad.tensors import Family, broadcast_shapes
 from lossgrad_api.codec import Buffer, ResponseView, ResultView, encode_compute_request
@@ -111,6 +112,7 @@ class Slicer:
                 allow_broadcast=self._allow_broadcast,
             )
             yield EncodedSlice(parts, byte_count, element_count, Place(input_family, target_family))
+            let_go_of_pages(input, target, weight, mask)  # by now it is copied into a message
             return
         operands = Operands.of(input, target, weight, mask)
         cut = Cut(

@@ -154,6 +154,15 @@ class MappedPages:
             self._mapping.madvise(mmap.MADV_DONTNEED, first, length)
 
 
+def let_go_of_pages(*arrays: Any) -> None:
+    """Let go of the pages of files that arrays were read from as a whole; of other arrays, nothing."""
+    for array in arrays:
+        if isinstance(array, np.ndarray) and array.flags.c_contiguous:
+            pages = MappedPages.of(array)
+            if pages is not None:
+                pages.release(0, array.nbytes)
+
+
 def as_indexable(array: Any) -> Any:
     """Return an array of which `array[3:5]` are rows 3 and 4, itself if it is one."""
     # A pandas.Series has all this too, and means something else by it.

@@ -45,6 +45,10 @@ CALLS = {
         "client.evaluate(((input[i : i + (1 << 20)], target[i : i + (1 << 20)]) "
         "for i in range(0, len(input), 1 << 20)), lossgrad.L1(), in_flight_bytes=16 << 20)[0].mean"
     ),
+    "an evaluation of small batches": (
+        "client.evaluate(((input[i : i + 100_000], target[i : i + 100_000]) "
+        "for i in range(0, len(input), 100_000)), lossgrad.L1(), in_flight_bytes=16 << 20)[0].mean"
+    ),
 }
 
 
